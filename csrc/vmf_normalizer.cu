@@ -1,0 +1,39 @@
+// log C_D(k) and its derivatives, elementwise: one thread per element, grid-stride. The plan
+// (series coefficients for this dimension) travels as a kernel argument, so the Horner loops read
+// it from the constant bank.
+#include <algorithm>
+
+#include "vmf_kernels.h"
+#include "vmf_math.h"
+
+namespace nivmf {
+namespace {
+
+constexpr int kThreads = 128;
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    log_normalizer_kernel(const T* __restrict__ concentration, int64_t size, int order,
+                          const __grid_constant__ LogNormalizerPlan<T> plan, T* __restrict__ out) {
+  const int64_t stride = int64_t(gridDim.x) * kThreads;
+  for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < size; i += stride) {
+    out[i] = log_normalizer_derivative(concentration[i], order, plan);
+  }
+}
+
+}  // namespace
+
+template <typename T>
+int vmf_log_normalizer_cuda(const T* concentration, int64_t size, int64_t dim, int order, T* out,
+                            void* stream) {
+  if (size == 0) return cudaSuccess;
+  const int blocks = int(std::min<int64_t>((size + kThreads - 1) / kThreads, 1 << 16));
+  log_normalizer_kernel<<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
+      concentration, size, order, make_log_normalizer_plan<T>(dim), out);
+  return cudaGetLastError();
+}
+
+template int vmf_log_normalizer_cuda(const float*, int64_t, int64_t, int, float*, void*);
+template int vmf_log_normalizer_cuda(const double*, int64_t, int64_t, int, double*, void*);
+
+}  // namespace nivmf

@@ -1,0 +1,245 @@
+"""Op schemas, fake kernels, which backends exist and how one is chosen: the only file that knows.
+
+Each op of the library is one `nivmf_fast::` operator whose last argument names the backend; it
+hands its arguments to that backend's implementation. The compiled libraries fill the operators of
+the `nivmf_kernels` namespace, whose schemas stand here so that both libraries share them.
+"""
+
+import functools
+import importlib.util
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nivmf_fast import reference, special
+
+# arguments and returns; the public op appends `str backend` to the arguments
+_SCHEMAS = {
+    "vmf_log_normalizer": ("Tensor concentration, int dim, int order", "Tensor"),
+    "vmf_rsample": (
+        "Tensor loc, Tensor concentration, int n, Tensor seed, int image_offset",
+        "(Tensor, Tensor)",
+    ),
+    "vmf_rsample_backward": (
+        "Tensor grad, Tensor samples, Tensor one_minus_w, Tensor loc, Tensor concentration",
+        "(Tensor, Tensor)",
+    ),
+}
+# ops of the contract that only the reference computes: eager PyTorch, differentiated by autograd
+_EAGER = ("log_ppk", "proxy_nca")
+
+_kernels = torch.library.Library("nivmf_kernels", "DEF")
+_ops = torch.library.Library("nivmf_fast", "DEF")
+for _name, (_arguments, _returns) in _SCHEMAS.items():
+    _kernels.define(f"{_name}({_arguments}) -> {_returns}")
+    _ops.define(f"{_name}({_arguments}, str backend) -> {_returns}")
+
+
+# --- which backends there are
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to compute the ops: was it built, can it run here, and if not, why and what to do."""
+
+    name: str
+    built: bool
+    usable: bool
+    reason: str = ""
+    remedy: str = ""
+
+
+_HERE = Path(__file__).parent
+
+
+def build_info() -> dict[str, Any]:
+    """What the build recorded: the torch it was built for, compilers, what is off and why."""
+    path = _HERE / "_build_info.json"
+    return dict(json.loads(path.read_text())) if path.is_file() else {}
+
+
+def _load(name: str) -> Backend:
+    """Load the compiled library of a backend, or find out why that cannot be."""
+    info, stem = build_info(), f"_C_{name}"
+    rebuild = "NIVMF_REQUIRE_EXT=1 pip install --no-deps . in the source tree (says what fails)"
+    library = _HERE / f"{stem}.so"
+    if not library.is_file():
+        reason = info.get("off", {}).get(stem, "it was not built")
+        return Backend(name, False, False, reason, info.get("remedy", {}).get(stem, rebuild))
+    if name == "cuda" and not torch.version.cuda:
+        return Backend(
+            name, True, False, "this torch is a CPU build", "install a CUDA build of torch"
+        )
+    try:
+        torch.ops.load_library(str(library))
+    except OSError as error:
+        built_for = info.get("torch", "an unknown version")
+        reason = f"built for torch {built_for}, it does not load under {torch.__version__}: {error}"
+        return Backend(name, True, False, reason, rebuild)
+    return Backend(name, True, True)
+
+
+_libraries = {name: _load(name) for name in ("cpu", "cuda")}
+
+
+@functools.cache
+def backends() -> dict[str, Backend]:
+    """Every backend by name, with its state on this machine."""
+    no_gpu = "no CUDA device is visible", "run on a machine with an NVIDIA GPU and its driver"
+    found = {"reference": Backend("reference", True, True), **_libraries}
+    if found["cuda"].usable and not torch.cuda.is_available():
+        found["cuda"] = Backend("cuda", True, False, *no_gpu)
+    if importlib.util.find_spec("triton") is None:
+        reason = "the triton package is not installed"
+        found["triton"] = Backend("triton", False, False, reason, "pip install triton")
+    elif torch.cuda.is_available() or _triton_interpreted():
+        found["triton"] = Backend("triton", True, True)
+    else:
+        found["triton"] = Backend("triton", True, False, *no_gpu)
+    return found
+
+
+def _triton_interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _implemented(op: str, backend: str) -> bool:
+    if backend == "reference":
+        return True
+    if backend in ("cpu", "cuda"):
+        name = f"nivmf_kernels::{op}"
+        return op in _SCHEMAS and torch._C._dispatch_has_kernel_for_dispatch_key(
+            name, backend.upper()
+        )
+    return hasattr(_triton(), op)
+
+
+@functools.cache
+def _triton() -> Any:
+    if importlib.util.find_spec("nivmf_fast.triton") is None:
+        return SimpleNamespace()
+    return importlib.import_module("nivmf_fast.triton")
+
+
+def which_backend(
+    op: str, device: torch.device | str, dtype: torch.dtype = torch.float32, backend: str = "auto"
+) -> str:
+    """The backend that computes `op` ("vmf_rsample", "proxy_nca", ...) on a device.
+
+    "auto" takes the first usable of: on CPUs cpu, reference; on CUDA cuda, triton, reference;
+    elsewhere reference. A backend asked for by name is used or an error says why it cannot be.
+
+    Raises:
+        ValueError: unknown op or backend name.
+        RuntimeError: the backend asked for cannot compute this here; says why and what to do.
+
+    Example:
+        >>> import nivmf_fast
+        >>> nivmf_fast.which_backend("vmf_rsample", "cpu", backend="reference")
+        'reference'
+    """
+    return _choose(op, torch.device(device).type, dtype, backend)
+
+
+@functools.cache  # what is built and usable does not change while the process lives
+def _choose(op: str, device: str, dtype: torch.dtype, backend: str) -> str:
+    known = [name for name in (*_SCHEMAS, *_EAGER) if not name.endswith("_backward")]
+    if op not in (*_SCHEMAS, *_EAGER):
+        raise ValueError(f"op must be one of {', '.join(known)}; got {op!r}")
+    if backend == "auto":
+        order = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}.get(device, ())
+        usable = (b for b in order if backends()[b].usable and _implemented(op, b))
+        return next(usable, "reference")
+    if backend not in backends():
+        raise ValueError(f"backend must be one of auto, {', '.join(backends())}; got {backend!r}")
+    state = backends()[backend]
+    here = [b for b in backends() if b == "reference" or _runs_on(b, device)]
+    here = [b for b in here if backends()[b].usable and _implemented(op, b)]
+    choices = f"usable here for {op}: {', '.join(here)}"
+    if not state.usable:
+        raise RuntimeError(
+            f"backend {backend!r} cannot be used: {state.reason}; {choices}. "
+            f"To change that: {state.remedy}"
+        )
+    if not _implemented(op, backend):
+        raise RuntimeError(f"backend {backend!r} has no {op}; {choices}")
+    if not (backend == "reference" or _runs_on(backend, device)):
+        raise RuntimeError(
+            f"backend {backend!r} does not compute on {device} tensors; {choices}. "
+            "Move the tensors or choose another backend"
+        )
+    return backend
+
+
+def _runs_on(backend: str, device: str) -> bool:
+    if backend == "triton" and _triton_interpreted():
+        return True
+    return device == ("cpu" if backend == "cpu" else "cuda")
+
+
+# --- the ops
+
+
+def _reference_rsample(*args: Any) -> tuple[Tensor, Tensor]:
+    draw = reference.vmf_rsample(*args)
+    return draw.samples, draw.one_minus_w
+
+
+_REFERENCE: dict[str, Callable[..., Any]] = {
+    "vmf_log_normalizer": special.log_normalizer_derivative,
+    "vmf_rsample": _reference_rsample,
+    "vmf_rsample_backward": reference.vmf_rsample_backward,
+}
+
+
+@functools.cache
+def _implementation(op: str, backend: str) -> Callable[..., Any]:
+    if backend == "reference":
+        return _REFERENCE[op]
+    if backend == "triton":
+        return getattr(_triton(), op)  # type: ignore[no-any-return]
+    return getattr(torch.ops.nivmf_kernels, op).default  # type: ignore[no-any-return]
+
+
+def _register(op: str) -> None:
+    def run(first: Tensor, *args: Any) -> Any:
+        *others, backend = args
+        chosen = _choose(op, first.device.type, first.dtype, backend)
+        return _implementation(op, chosen)(first, *others)
+
+    _ops.impl(op, run, "CompositeExplicitAutograd")
+
+
+for _name in _SCHEMAS:
+    _register(_name)
+
+
+@torch.library.register_fake("nivmf_fast::vmf_log_normalizer", lib=_ops)
+def _(concentration: Tensor, dim: int, order: int, backend: str) -> Tensor:
+    return torch.empty_like(concentration, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("nivmf_fast::vmf_rsample", lib=_ops)
+def _(
+    loc: Tensor, concentration: Tensor, n: int, seed: Tensor, image_offset: int, backend: str
+) -> tuple[Tensor, Tensor]:
+    return loc.new_empty(n, *loc.shape), concentration.new_empty(n, *concentration.shape)
+
+
+@torch.library.register_fake("nivmf_fast::vmf_rsample_backward", lib=_ops)
+def _(
+    grad: Tensor,
+    samples: Tensor,
+    one_minus_w: Tensor,
+    loc: Tensor,
+    concentration: Tensor,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    return loc.new_empty(loc.shape), concentration.new_empty(concentration.shape)

@@ -1,0 +1,58 @@
+"""Backward formulas, registered for every op that has one."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nivmf_fast import _ops, special  # noqa: F401  (_ops defines the operators)
+
+DOUBLE_BACKWARD = (
+    "{op} can be differentiated once: its gradient is itself an estimate from the same draws; "
+    "a second derivative was asked for (create_graph=True?)"
+)
+
+
+def _save_normalizer(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    concentration, ctx.dim, ctx.order, ctx.backend = inputs
+    ctx.save_for_backward(concentration)
+
+
+def _log_normalizer(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    if ctx.order == 2:
+        raise RuntimeError(special.THIRD_DERIVATIVE)
+    (concentration,) = ctx.saved_tensors
+    derivative = torch.ops.nivmf_fast.vmf_log_normalizer(
+        concentration, ctx.dim, ctx.order + 1, ctx.backend
+    )
+    return grad * derivative, None, None, None
+
+
+def _save_rsample(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    loc, concentration, _, _, _, ctx.backend = inputs
+    samples, one_minus_w = output
+    ctx.mark_non_differentiable(one_minus_w)
+    ctx.save_for_backward(samples, one_minus_w, loc, concentration)
+    ctx.set_materialize_grads(False)
+
+
+def _rsample(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 6
+    into = torch.ops.nivmf_fast.vmf_rsample_backward(
+        grad.contiguous(), *ctx.saved_tensors, ctx.backend
+    )
+    return (*into, None, None, None, None)
+
+
+def _refuse(op: str) -> Any:
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise RuntimeError(DOUBLE_BACKWARD.format(op=op))
+
+    return backward
+
+
+_register = torch.library.register_autograd
+_register("nivmf_fast::vmf_log_normalizer", _log_normalizer, setup_context=_save_normalizer)
+_register("nivmf_fast::vmf_rsample", _rsample, setup_context=_save_rsample)
+_register("nivmf_fast::vmf_rsample_backward", _refuse("vmf_rsample"))

@@ -1,0 +1,179 @@
+"""The imports of every file keep to the layers of CONTRIBUTING.md, found by walking its syntax."""
+
+import ast
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# What each library file may import besides torch and the standard library. A row is written in
+# full: what is not in it is forbidden.
+LIBRARY: dict[str, set[str]] = {
+    "special": set(),
+    "reference": {"special"},
+    "triton": {"triton", "<triton>"},
+    "_ops": {"special", "reference", "triton"},
+    "autograd": {"_ops", "special"},
+    "functional": {"_ops", "autograd", "reference", "special"},
+    "distributions": {"functional", "special"},
+    "losses": {"functional", "special", "distributions"},
+    "metrics": {"functional", "special", "distributions", "losses"},
+    "distributed": {"functional", "special", "distributions", "losses", "metrics"},
+    "__main__": {"_ops"},
+}
+LIBRARY["__init__"] = LIBRARY.keys() - {"__main__", "triton"}
+CALLS_OPS = {"_ops", "autograd", "functional"}
+USERS = ("train", "benchmarks", "examples")
+
+# C++ that knows torch; every other file in csrc compiles without it.
+TORCH_CPP = {"checks.h", "parallel.h", "registration_cpu.cpp", "registration_cuda.cpp"}
+
+
+def imports(tree: ast.AST, package: str) -> Iterator[str]:
+    """Dotted names of all imports, wherever they stand, import_module("...") included."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.Import(names=names):
+                yield from (alias.name for alias in names)
+            case ast.ImportFrom(module=module, names=names, level=level):
+                parents = package.split(".")[: len(package.split(".")) - level + 1] if level else []
+                base = ".".join([*parents, *([module] if module else [])])
+                yield from (f"{base}.{alias.name}" for alias in names)
+            case ast.Call(
+                func=ast.Name(id=called) | ast.Attribute(attr=called),
+                args=[ast.Constant(value=str(name)), *_],
+            ) if called in ("import_module", "__import__"):
+                yield name
+
+
+def attributes(tree: ast.AST) -> set[str]:
+    """Every dotted expression, such as torch.ops.nivmf_fast."""
+    return {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+
+
+def library_layer(path: str) -> str:
+    return Path(path).parts[1].removesuffix(".py")
+
+
+def broken_rules(path: str, source: str) -> list[str]:
+    """What the Python file at `path` (relative to the checkout) imports against the rules."""
+    tree = ast.parse(source)
+    names = list(imports(tree, ".".join(Path(path).parts[:-1])))
+    if not path.startswith("nivmf_fast/"):
+        reached = [*names, *(name for name in attributes(tree) if name.startswith("nivmf_fast."))]
+        return [
+            f"{path} reaches for {name}: only public names of nivmf_fast are for it"
+            for name in sorted(set(reached))
+            if name.startswith("nivmf_fast.") and re.search(r"\._(?!_version__)", name)
+        ]
+
+    layer = library_layer(path)
+    if layer not in LIBRARY:
+        return [f"{path} is in no layer: give it a row in tests/test_layers.py"]
+    broken = []
+    for name in names:
+        top, _, rest = name.partition(".")
+        if top == "nivmf_fast":
+            target = rest.partition(".")[0]
+            allowed = target in LIBRARY[layer]
+        else:
+            allowed = (
+                top == "torch" or top in sys.stdlib_module_names or f"<{top}>" in LIBRARY[layer]
+            )
+        if not allowed:
+            broken.append(f"{path} may not import {name}")
+    uses_ops = {
+        name for name in [*names, *attributes(tree)] if re.match(r"torch\.(ops|_C)\b", name)
+    }
+    if uses_ops and layer not in CALLS_OPS:
+        broken.append(f"{path} may not use {min(uses_ops)}")
+    return broken
+
+
+def python_files() -> list[str]:
+    folders = ("nivmf_fast", *USERS)
+    files = (file for folder in folders for file in (ROOT / folder).rglob("*.py"))
+    return sorted(file.relative_to(ROOT).as_posix() for file in files)
+
+
+@pytest.mark.parametrize("path", python_files())
+def test_imports_keep_to_the_layers(path: str) -> None:
+    assert broken_rules(path, (ROOT / path).read_text()) == []
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "csrc").iterdir()), ids=lambda path: path.name)
+def test_csrc_keeps_kernels_and_torch_apart(path: Path) -> None:
+    included = re.findall(r'^\s*#\s*include\s*[<"](.+?)[>"]', path.read_text(), re.MULTILINE)
+    if path.name not in TORCH_CPP:
+        assert not [name for name in included if name.startswith(("torch/", "ATen/", "c10/"))]
+    if path.suffix in (".cu", ".cuh"):
+        assert not TORCH_CPP.intersection(included)
+    assert "triton" not in path.read_text().lower()
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("nivmf_fast/special.py", "from nivmf_fast import reference"),
+        ("nivmf_fast/reference.py", "from nivmf_fast import _ops"),
+        ("nivmf_fast/reference.py", "import torch\ntorch.ops.nivmf_kernels.vmf_rsample"),
+        ("nivmf_fast/reference.py", "import torch\ntorch.ops.load_library('_C_cpu.so')"),
+        ("nivmf_fast/reference.py", "from nivmf_fast.triton import vmf_sampler"),
+        ("nivmf_fast/triton/log_ppk.py", "import torch\ntorch.ops.nivmf_kernels.log_ppk"),
+        ("nivmf_fast/triton/log_ppk.py", "from nivmf_fast import _ops"),
+        ("nivmf_fast/triton/log_ppk.py", "from .. import reference"),
+        ("nivmf_fast/_ops.py", "from nivmf_fast import functional"),
+        ("nivmf_fast/autograd.py", "from nivmf_fast import reference"),
+        ("nivmf_fast/functional.py", "from nivmf_fast.losses import ELNivMFLoss"),
+        ("nivmf_fast/functional.py", "from nivmf_fast.triton import log_ppk"),
+        ("nivmf_fast/distributions.py", "from nivmf_fast import losses"),
+        ("nivmf_fast/losses.py", "import torch\ntorch.ops.nivmf_fast.vmf_rsample"),
+        ("nivmf_fast/losses.py", "from torch import ops"),
+        ("nivmf_fast/losses.py", "from torch.ops import nivmf_fast"),
+        ("nivmf_fast/losses.py", "from nivmf_fast import vmf_rsample"),
+        ("nivmf_fast/losses.py", "from . import _ops"),
+        ("nivmf_fast/losses.py", "import triton"),
+        ("nivmf_fast/losses.py", "def f():\n    import train.loop"),
+        ("nivmf_fast/losses.py", "import importlib\nimportlib.import_module('nivmf_fast._ops')"),
+        *(
+            ("nivmf_fast/metrics.py", f"try:\n    import {package}\nexcept ImportError: pass")
+            for package in (
+                "timm",
+                "torchvision",
+                "pytorch_metric_learning",
+                "sklearn",
+                "faiss",
+                "matplotlib.pyplot",
+                "tensorboard",
+                "wandb",
+                "numpy",
+            )
+        ),
+        ("nivmf_fast/utils.py", "import torch"),
+        ("train/loop.py", "from nivmf_fast import _ops"),
+        ("train/loop.py", "from nivmf_fast._ops import backends"),
+        ("train/loop.py", "import nivmf_fast\nnivmf_fast._ops.backends()"),
+        ("train/loop.py", "from nivmf_fast.functional import _check"),
+        ("benchmarks/cases.py", "import nivmf_fast._ops"),
+    ],
+)
+def test_a_broken_rule_is_found(path: str, source: str) -> None:
+    assert broken_rules(path, source)
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("nivmf_fast/special.py", "import math\nfrom torch import Tensor"),
+        ("nivmf_fast/_ops.py", "import torch\nfrom nivmf_fast import reference\ntorch.ops.x.y"),
+        ("nivmf_fast/triton/log_ppk.py", "import triton.language as tl\nfrom . import vmf_sampler"),
+        ("nivmf_fast/metrics.py", "from nivmf_fast.functional import log_ppk"),
+        ("train/loop.py", "import timm\nimport nivmf_fast\nprint(nivmf_fast.__version__)"),
+    ],
+)
+def test_what_is_allowed_passes(path: str, source: str) -> None:
+    assert broken_rules(path, source) == []
