@@ -1,0 +1,1 @@
+"""The training harness: `python -m train --preset glyphs`."""
