@@ -112,4 +112,24 @@ inline SampleSizes check_rsample_backward(const Tensor& grad, const Tensor& samp
   return {n, batch, dim};
 }
 
+// Returns the number of images.
+inline int64_t check_log_ppk(const Tensor& samples, const Tensor& loc, const Tensor& concentration,
+                             const Tensor& temperature) {
+  if (samples.dim() != 3) {
+    fail("samples has ", samples.dim(), " dimensions, expected [n, batch, dim]");
+  }
+  if (loc.dim() != 2) fail("loc has ", loc.dim(), " dimensions, expected [proxies, dim]");
+  const int64_t n = samples.size(0), batch = samples.size(1), dim = samples.size(2);
+  const int64_t proxies = loc.size(0);
+  const ScalarType dtype = floating_dtype("samples", samples);
+  check_dim(dim);
+  if (n < 1) fail("samples has n = 0, expected at least 1 sample of each image");
+  if (proxies < 1) fail("loc has no rows, expected at least 1 proxy");
+  check_tensor("samples", samples, samples, dtype, {n, batch, dim});
+  check_tensor("loc", loc, samples, dtype, {proxies, dim});
+  check_tensor("concentration", concentration, samples, dtype, {proxies, dim});
+  check_tensor("temperature", temperature, samples, dtype, {});
+  return batch;
+}
+
 }  // namespace nivmf

@@ -1,6 +1,7 @@
 // Plugs the CUDA kernels into the ops; the schemas are in nivmf_fast/_ops.py.
 #include <string>
 #include <tuple>
+#include <type_traits>
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -8,6 +9,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "checks.h"
+#include "log_ppk_kernels.h"
 #include "vmf_kernels.h"
 
 namespace nivmf {
@@ -84,12 +86,173 @@ std::tuple<Tensor, Tensor> vmf_rsample_backward(const Tensor& grad, const Tensor
   return {grad_loc, grad_concentration};
 }
 
+// ---- log-PPK
+
+// The arguments that all four ops share, checked.
+struct LogPpkCall {
+  const Tensor &samples, &loc, &concentration, &temperature;
+  LogPpkSizes sizes;
+
+  LogPpkCall(const Tensor& x, const Tensor& m, const Tensor& k, const Tensor& t, bool exact,
+             bool projection, bool fast, int64_t workspace)
+      : samples(x), loc(m), concentration(k), temperature(t) {
+    const int64_t batch = check_log_ppk(x, m, k, t);
+    sizes = {x.size(0), batch, m.size(0), m.size(1), exact, projection, fast, workspace};
+    if (workspace < 0) fail("workspace is ", workspace, " bytes, expected at least 0");
+    if (sizes.samples >= int64_t(1) << 31 || batch >= int64_t(1) << 31) {
+      fail("samples is [", sizes.samples, ", ", batch, ", ..], expected sizes below 2^31");
+    }
+  }
+  template <typename T>
+  LogPpkInputs<T> inputs(const Tensor* labels) const {
+    return {samples.const_data_ptr<T>(), loc.const_data_ptr<T>(), concentration.const_data_ptr<T>(),
+            temperature.const_data_ptr<T>(), labels ? labels->const_data_ptr<int64_t>() : nullptr};
+  }
+  Tensor bytes(int64_t size) const {
+    return torch::stable::new_empty(samples, {size}, ScalarType::Byte);
+  }
+};
+
+template <typename T>
+int64_t saved_size(const LogPpkSizes& sizes) {
+  return proxy_nca_saved_bytes<T>(sizes) / int64_t(sizeof(T));
+}
+
+// How many elements the `saved` of proxy_nca has, for its fake kernel.
+int64_t proxy_nca_saved_on_cuda(int64_t n, int64_t batch, int64_t proxies, int64_t dim,
+                                bool float64, int64_t workspace) {
+  const LogPpkSizes sizes = {n, batch, proxies, dim, true, true, false, workspace};
+  return float64 ? saved_size<double>(sizes) : saved_size<float>(sizes);
+}
+
+std::tuple<Tensor, Tensor, Tensor> proxy_nca(const Tensor& samples, const Tensor& loc,
+                                             const Tensor& concentration, const Tensor& labels,
+                                             const Tensor& temperature, bool exact, bool projection,
+                                             bool fast, int64_t workspace) {
+  const LogPpkCall call(samples, loc, concentration, temperature, exact, projection, fast,
+                        workspace);
+  const int64_t batch = call.sizes.images;
+  check_tensor("labels", labels, samples, ScalarType::Long, {batch});
+  const DeviceGuard guard(samples.get_device_index());
+  Tensor losses = torch::stable::new_empty(samples, {batch});
+  Tensor partial = torch::stable::new_empty(samples, {4, batch}, ScalarType::Double);
+  Tensor saved;
+  with_floating_type(samples, [&](auto zero) {
+    using T = decltype(zero);
+    saved = torch::stable::new_empty(samples, {saved_size<T>(call.sizes)});
+    Tensor scratch = call.bytes(log_ppk_forward_scratch_bytes<T>(call.sizes));
+    check_launch("proxy_nca",
+                 proxy_nca_cuda(call.sizes, call.inputs<T>(&labels), losses.mutable_data_ptr<T>(),
+                                partial.mutable_data_ptr<double>(), saved.mutable_data_ptr(),
+                                scratch.mutable_data_ptr(), current_stream(samples)));
+  });
+  return {losses, partial, saved};
+}
+
+// Calls `run` with the gradients' pointers and scratch; without images nothing is launched and all
+// gradients are 0.
+template <class F>
+std::tuple<Tensor, Tensor, Tensor, Tensor> log_ppk_gradients(const char* op, const LogPpkCall& call,
+                                                             const F& run) {
+  const auto allocate = [&](const Tensor& like) {
+    Tensor out = torch::stable::empty_like(like);
+    if (call.sizes.images == 0) torch::stable::zero_(out);
+    return out;
+  };
+  Tensor x = allocate(call.samples), m = allocate(call.loc), k = allocate(call.concentration);
+  Tensor t = allocate(call.temperature);
+  with_floating_type(call.samples, [&](auto zero) {
+    using T = decltype(zero);
+    const LogPpkGradients<T> out = {x.mutable_data_ptr<T>(), m.mutable_data_ptr<T>(),
+                                    k.mutable_data_ptr<T>(), t.mutable_data_ptr<T>()};
+    Tensor scratch = call.bytes(log_ppk_backward_scratch_bytes<T>(call.sizes));
+    check_launch(op, run(out, scratch.mutable_data_ptr(), current_stream(call.samples)));
+  });
+  return {x, m, k, t};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> proxy_nca_backward(
+    const Tensor& grad, const Tensor& samples, const Tensor& loc, const Tensor& concentration,
+    const Tensor& labels, const Tensor& temperature, const Tensor& partial, const Tensor& saved,
+    bool exact, bool projection, bool fast, int64_t workspace) {
+  const LogPpkCall call(samples, loc, concentration, temperature, exact, projection, fast,
+                        workspace);
+  const int64_t batch = call.sizes.images;
+  check_tensor("grad", grad, samples, samples.scalar_type(), {batch});
+  check_tensor("labels", labels, samples, ScalarType::Long, {batch});
+  check_tensor("partial", partial, samples, ScalarType::Double, {4, batch});
+  const DeviceGuard guard(samples.get_device_index());
+  const auto run = [&](const auto& out, void* scratch, void* stream) {
+    using T = std::remove_reference_t<decltype(*out.samples)>;
+    check_tensor("saved", saved, samples, samples.scalar_type(), {saved_size<T>(call.sizes)});
+    return proxy_nca_backward_cuda(call.sizes, call.inputs<T>(&labels), grad.const_data_ptr<T>(),
+                                   partial.const_data_ptr<double>(), saved.const_data_ptr(),
+                                   scratch, out, stream);
+  };
+  return log_ppk_gradients("proxy_nca_backward", call, run);
+}
+
+std::tuple<Tensor, Tensor, Tensor> log_ppk(const Tensor& samples, const Tensor& loc,
+                                           const Tensor& concentration, const Tensor& temperature,
+                                           bool exact, bool projection, bool fast,
+                                           int64_t workspace) {
+  const LogPpkCall call(samples, loc, concentration, temperature, exact, projection, fast,
+                        workspace);
+  const int64_t batch = call.sizes.images, proxies = call.sizes.proxies;
+  const DeviceGuard guard(samples.get_device_index());
+  Tensor values = torch::stable::new_empty(samples, {batch, proxies});
+  Tensor saved = torch::stable::new_empty(samples, {2, batch, proxies});
+  Tensor common = torch::stable::new_empty(samples, {}, ScalarType::Double);
+  if (batch == 0) torch::stable::zero_(common);
+  with_floating_type(samples, [&](auto zero) {
+    using T = decltype(zero);
+    Tensor scratch = call.bytes(log_ppk_forward_scratch_bytes<T>(call.sizes));
+    check_launch("log_ppk",
+                 log_ppk_cuda(call.sizes, call.inputs<T>(nullptr), values.mutable_data_ptr<T>(),
+                              saved.mutable_data_ptr<T>(), common.mutable_data_ptr<double>(),
+                              scratch.mutable_data_ptr(), current_stream(samples)));
+  });
+  return {values, saved, common};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> log_ppk_backward(
+    const Tensor& grad, const Tensor& samples, const Tensor& loc, const Tensor& concentration,
+    const Tensor& temperature, const Tensor& saved, bool exact, bool projection, bool fast,
+    int64_t workspace) {
+  const LogPpkCall call(samples, loc, concentration, temperature, exact, projection, fast,
+                        workspace);
+  const int64_t batch = call.sizes.images, proxies = call.sizes.proxies;
+  check_tensor("grad", grad, samples, samples.scalar_type(), {batch, proxies});
+  check_tensor("saved", saved, samples, samples.scalar_type(), {2, batch, proxies});
+  const DeviceGuard guard(samples.get_device_index());
+  const auto run = [&](const auto& out, void* scratch, void* stream) {
+    using T = std::remove_reference_t<decltype(*out.samples)>;
+    return log_ppk_backward_cuda(call.sizes, call.inputs<T>(nullptr), grad.const_data_ptr<T>(),
+                                 saved.const_data_ptr<T>(), scratch, out, stream);
+  };
+  return log_ppk_gradients("log_ppk_backward", call, run);
+}
+
 }  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(nivmf_kernels, m) {
+  m.def(
+      "proxy_nca_saved_on_cuda(int n, int batch, int proxies, int dim, bool float64, int workspace)"
+      " -> int");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(nivmf_kernels, CompositeExplicitAutograd, m) {
+  m.impl("proxy_nca_saved_on_cuda", TORCH_BOX(&proxy_nca_saved_on_cuda));
+}
 
 STABLE_TORCH_LIBRARY_IMPL(nivmf_kernels, CUDA, m) {
   m.impl("vmf_log_normalizer", TORCH_BOX(&vmf_log_normalizer));
   m.impl("vmf_rsample", TORCH_BOX(&vmf_rsample));
   m.impl("vmf_rsample_backward", TORCH_BOX(&vmf_rsample_backward));
+  m.impl("log_ppk", TORCH_BOX(&log_ppk));
+  m.impl("log_ppk_backward", TORCH_BOX(&log_ppk_backward));
+  m.impl("proxy_nca", TORCH_BOX(&proxy_nca));
+  m.impl("proxy_nca_backward", TORCH_BOX(&proxy_nca_backward));
 }
 
 }  // namespace nivmf

@@ -20,6 +20,8 @@ from torch import Tensor
 
 from nivmf_fast import reference, special
 
+_PROXIES = "Tensor samples, Tensor loc, Tensor concentration"
+_OPTIONS = "bool exact, bool projection, bool fast, int workspace"
 # arguments and returns; the public op appends `str backend` to the arguments
 _SCHEMAS = {
     "vmf_log_normalizer": ("Tensor concentration, int dim, int order", "Tensor"),
@@ -31,9 +33,25 @@ _SCHEMAS = {
         "Tensor grad, Tensor samples, Tensor one_minus_w, Tensor loc, Tensor concentration",
         "(Tensor, Tensor)",
     ),
+    # -> s less its constants, saved, the bias that was left out
+    "log_ppk": (f"{_PROXIES}, Tensor temperature, {_OPTIONS}", "(Tensor, Tensor, Tensor)"),
+    "log_ppk_backward": (
+        f"Tensor grad, {_PROXIES}, Tensor temperature, Tensor saved, {_OPTIONS}",
+        "(Tensor, Tensor, Tensor, Tensor)",
+    ),
+    # -> losses, partial, saved. `loc` may be any range of all proxies (with labels counted from
+    # its first): the rows of `partial` are each image's maximum and log sum over the range, then
+    # over its own proxy (-inf, 0 outside the range), and the backward takes the combined ones.
+    "proxy_nca": (
+        f"{_PROXIES}, Tensor labels, Tensor temperature, {_OPTIONS}",
+        "(Tensor, Tensor, Tensor)",
+    ),
+    "proxy_nca_backward": (
+        f"Tensor grad, {_PROXIES}, Tensor labels, Tensor temperature, Tensor partial, "
+        f"Tensor saved, {_OPTIONS}",
+        "(Tensor, Tensor, Tensor, Tensor)",
+    ),
 }
-# ops of the contract that only the reference computes: eager PyTorch, differentiated by autograd
-_EAGER = ("log_ppk", "proxy_nca")
 
 _kernels = torch.library.Library("nivmf_kernels", "DEF")
 _ops = torch.library.Library("nivmf_fast", "DEF")
@@ -115,9 +133,7 @@ def _implemented(op: str, backend: str) -> bool:
         return True
     if backend in ("cpu", "cuda"):
         name = f"nivmf_kernels::{op}"
-        return op in _SCHEMAS and torch._C._dispatch_has_kernel_for_dispatch_key(
-            name, backend.upper()
-        )
+        return torch._C._dispatch_has_kernel_for_dispatch_key(name, backend.upper())
     return hasattr(_triton(), op)
 
 
@@ -150,8 +166,8 @@ def which_backend(
 
 @functools.cache  # what is built and usable does not change while the process lives
 def _choose(op: str, device: str, dtype: torch.dtype, backend: str) -> str:
-    known = [name for name in (*_SCHEMAS, *_EAGER) if not name.endswith("_backward")]
-    if op not in (*_SCHEMAS, *_EAGER):
+    known = [name for name in _SCHEMAS if not name.endswith("_backward")]
+    if op not in _SCHEMAS:
         raise ValueError(f"op must be one of {', '.join(known)}; got {op!r}")
     if backend == "auto":
         order = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}.get(device, ())
@@ -196,13 +212,22 @@ _REFERENCE: dict[str, Callable[..., Any]] = {
     "vmf_log_normalizer": special.log_normalizer_derivative,
     "vmf_rsample": _reference_rsample,
     "vmf_rsample_backward": reference.vmf_rsample_backward,
+    "log_ppk": reference.log_ppk_forward,
+    "log_ppk_backward": reference.log_ppk_backward,
+    "proxy_nca": reference.proxy_nca_forward,
+    "proxy_nca_backward": reference.proxy_nca_backward,
 }
+
+
+def _without_autocast(function: Callable[..., Any], first: Tensor, *args: Any) -> Any:
+    with torch.autocast(first.device.type, enabled=False):
+        return function(first, *args)
 
 
 @functools.cache
 def _implementation(op: str, backend: str) -> Callable[..., Any]:
     if backend == "reference":
-        return _REFERENCE[op]
+        return functools.partial(_without_autocast, _REFERENCE[op])
     if backend == "triton":
         return getattr(_triton(), op)  # type: ignore[no-any-return]
     return getattr(torch.ops.nivmf_kernels, op).default  # type: ignore[no-any-return]
@@ -243,3 +268,114 @@ def _(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     return loc.new_empty(loc.shape), concentration.new_empty(concentration.shape)
+
+
+@torch.library.register_fake("nivmf_fast::log_ppk", lib=_ops)
+def _(
+    samples: Tensor,
+    loc: Tensor,
+    concentration: Tensor,
+    temperature: Tensor,
+    exact: bool,
+    projection: bool,
+    fast: bool,
+    workspace: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    options = exact, projection, fast, workspace
+    chosen = _choose("log_ppk", samples.device.type, samples.dtype, backend)
+    values = samples.new_empty(samples.shape[1], loc.shape[0])
+    saved = _saved("log_ppk", chosen, samples, loc, *options)
+    return values, saved, samples.new_empty((), dtype=torch.float64)
+
+
+@torch.library.register_fake("nivmf_fast::proxy_nca", lib=_ops)
+def _(
+    samples: Tensor,
+    loc: Tensor,
+    concentration: Tensor,
+    labels: Tensor,
+    temperature: Tensor,
+    exact: bool,
+    projection: bool,
+    fast: bool,
+    workspace: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    B = samples.shape[1]
+    options = exact, projection, fast, workspace
+    chosen = _choose("proxy_nca", samples.device.type, samples.dtype, backend)
+    saved = _saved("proxy_nca", chosen, samples, loc, *options)
+    return samples.new_empty(B), samples.new_empty(4, B, dtype=torch.float64), saved
+
+
+def _gradients(
+    samples: Tensor, loc: Tensor, concentration: Tensor, temperature: Tensor
+) -> tuple[Tensor, ...]:
+    inputs = samples, loc, concentration, temperature
+    return tuple(t.new_empty(t.shape) for t in inputs)
+
+
+@torch.library.register_fake("nivmf_fast::log_ppk_backward", lib=_ops)
+def _(
+    grad: Tensor,
+    samples: Tensor,
+    loc: Tensor,
+    concentration: Tensor,
+    temperature: Tensor,
+    saved: Tensor,
+    exact: bool,
+    projection: bool,
+    fast: bool,
+    workspace: int,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    return _gradients(samples, loc, concentration, temperature)
+
+
+@torch.library.register_fake("nivmf_fast::proxy_nca_backward", lib=_ops)
+def _(
+    grad: Tensor,
+    samples: Tensor,
+    loc: Tensor,
+    concentration: Tensor,
+    labels: Tensor,
+    temperature: Tensor,
+    partial: Tensor,
+    saved: Tensor,
+    exact: bool,
+    projection: bool,
+    fast: bool,
+    workspace: int,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    return _gradients(samples, loc, concentration, temperature)
+
+
+def _saved(
+    op: str,
+    backend: str,
+    samples: Tensor,
+    loc: Tensor,
+    exact: bool,
+    projection: bool,
+    fast: bool,
+    workspace: int,
+) -> Tensor:
+    """A tensor like the one that a backend saves for the backward; what is in it is its affair."""
+    (N, B, D), P = samples.shape, loc.shape[0]
+    if backend == "triton":
+        like: Tensor = _triton().saved_like(op, samples, loc, exact, projection, fast, workspace)
+        return like
+    if op == "log_ppk":
+        return samples.new_empty(2, B, P)
+    if backend == "cuda":
+        double = samples.dtype == torch.float64
+        count = torch.ops.nivmf_kernels.proxy_nca_saved_on_cuda
+        return samples.new_empty(count(N, B, P, D, double, workspace))
+    if backend == "cpu":  # as proxy_nca_saved_layout in log_ppk_cpu.cpp
+        width = min(128, (P + 15) // 16 * 16)
+        panels, scores = (P + width - 1) // width, 2 * N * B * width
+        kept = panels * scores * samples.element_size() <= workspace - workspace // 8
+        return samples.new_empty(panels, B + (scores if kept else 0))
+    return samples.new_empty(0)

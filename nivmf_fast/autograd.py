@@ -8,8 +8,7 @@ from torch import Tensor
 from nivmf_fast import _ops, special  # noqa: F401  (_ops defines the operators)
 
 DOUBLE_BACKWARD = (
-    "{op} can be differentiated once: its gradient is itself an estimate from the same draws; "
-    "a second derivative was asked for (create_graph=True?)"
+    "{op} can be differentiated once: {why}; a second derivative was asked for (create_graph=True?)"
 )
 
 
@@ -45,9 +44,45 @@ def _rsample(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...
     return (*into, None, None, None, None)
 
 
-def _refuse(op: str) -> Any:
+def _save_log_ppk(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.exact, ctx.projection, ctx.fast, ctx.workspace, ctx.backend = inputs
+    _, saved, common = output
+    ctx.mark_non_differentiable(saved, common)
+    ctx.save_for_backward(*tensors, saved)
+    ctx.set_materialize_grads(False)
+
+
+def _save_proxy_nca(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.exact, ctx.projection, ctx.fast, ctx.workspace, ctx.backend = inputs
+    _, partial, saved = output
+    ctx.mark_non_differentiable(partial, saved)
+    ctx.save_for_backward(*tensors, partial, saved)
+    ctx.set_materialize_grads(False)
+
+
+def _kernel_backward(ctx: Any, op: Any, grad: Tensor) -> tuple[Tensor, ...]:
+    options = ctx.exact, ctx.projection, ctx.fast, ctx.workspace, ctx.backend
+    gradients: tuple[Tensor, ...] = op(grad.contiguous(), *ctx.saved_tensors, *options)
+    return gradients
+
+
+def _log_ppk(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 9
+    into = _kernel_backward(ctx, torch.ops.nivmf_fast.log_ppk_backward, grad)
+    return (*into, *(None,) * 5)
+
+
+def _proxy_nca(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 10
+    *into, d_temperature = _kernel_backward(ctx, torch.ops.nivmf_fast.proxy_nca_backward, grad)
+    return (*into, None, d_temperature, *(None,) * 5)
+
+
+def _refuse(op: str, why: str) -> Any:
     def backward(ctx: Any, *grads: Tensor) -> None:
-        raise RuntimeError(DOUBLE_BACKWARD.format(op=op))
+        raise RuntimeError(DOUBLE_BACKWARD.format(op=op, why=why))
 
     return backward
 
@@ -55,4 +90,11 @@ def _refuse(op: str) -> Any:
 _register = torch.library.register_autograd
 _register("nivmf_fast::vmf_log_normalizer", _log_normalizer, setup_context=_save_normalizer)
 _register("nivmf_fast::vmf_rsample", _rsample, setup_context=_save_rsample)
-_register("nivmf_fast::vmf_rsample_backward", _refuse("vmf_rsample"))
+_register("nivmf_fast::log_ppk", _log_ppk, setup_context=_save_log_ppk)
+_register("nivmf_fast::proxy_nca", _proxy_nca, setup_context=_save_proxy_nca)
+for _op, _why in (
+    ("vmf_rsample", "its gradient is itself an estimate from the same draws"),
+    ("log_ppk", "its gradient is a fused kernel"),
+    ("proxy_nca", "its gradient is a fused kernel"),
+):
+    _register(f"nivmf_fast::{_op}_backward", _refuse(_op, _why))

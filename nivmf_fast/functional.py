@@ -11,7 +11,6 @@ import torch
 from torch import Generator, Tensor
 
 from nivmf_fast import autograd, reference, special  # noqa: F401  (autograd registers gradients)
-from nivmf_fast._ops import which_backend
 
 Normalizer = Literal["exact", "released"]
 Precision = Literal["float32", "fast"]
@@ -166,9 +165,11 @@ def log_ppk(
         temperature: T > 0, a number or a 0-d tensor.
         normalizer: "released" puts -log|K mu| for the last term: the research code's form.
         projection: False puts (K mu).x for the second term: likewise.
-        temperature_outside: s_ij = (1/T) log (1/N) sum_s p_j(x_is).
+        temperature_outside: s_ij = (1/T) log (1/N) sum_s p_j(x_is); computed by the reference.
         constants: False leaves out what all pairs share; use it before a softmax.
-        precision: "fast" allows kernels cheaper, less exact products. workspace: bytes of scratch.
+        precision: "fast" allows kernels cheaper, less exact products.
+        workspace: bytes of scratch, by default 64 MiB on CPUs and 256 MiB on CUDA; the scores are
+            kept for the backward if they fit, else computed twice.
         validate: as in `vmf_rsample`.
 
     Raises:
@@ -185,19 +186,27 @@ def log_ppk(
     _check_proxies(samples, loc, concentration, validate)
     temperature = _temperature(temperature, samples, validate)
     samples, loc, concentration, temperature = _computable(samples, loc, concentration, temperature)
-    if backend != "auto":  # which would choose the reference
-        which_backend("log_ppk", samples.device, samples.dtype, backend)
-    with torch.autocast(samples.device.type, enabled=False):
-        return reference.log_ppk(
-            samples,
-            loc,
-            concentration,
-            temperature,
-            normalizer,
-            projection,
-            temperature_outside,
-            constants,
-        )
+    if temperature_outside:  # no joint softmax, hence not fused
+        with torch.autocast(samples.device.type, enabled=False):
+            return reference.log_ppk(
+                samples, loc, concentration, temperature, normalizer, projection, True, constants
+            )
+    s, _, common = torch.ops.nivmf_fast.log_ppk(
+        samples.contiguous(),
+        loc.contiguous(),
+        concentration.contiguous(),
+        temperature,
+        normalizer == "exact",
+        projection,
+        precision == "fast",
+        _workspace(workspace, samples),
+        backend,
+    )
+    if constants:  # once, after the sum: in float32 they would drown it
+        shared = special.log_uniform_density(samples.shape[-1]) + common
+        s = s + (shared / temperature.double()).to(s.dtype)
+    values: Tensor = s
+    return values
 
 
 def proxy_nca(
@@ -239,19 +248,24 @@ def proxy_nca(
     _check_same_device(samples=samples, labels=labels)
     temperature = _temperature(temperature, samples, validate)
     samples, loc, concentration, temperature = _computable(samples, loc, concentration, temperature)
-    if backend != "auto":  # which would choose the reference
-        which_backend("proxy_nca", samples.device, samples.dtype, backend)
-    with torch.autocast(samples.device.type, enabled=False):
-        return reference.proxy_nca(
-            samples,
-            loc,
-            concentration,
-            labels,
-            temperature,
-            normalizer,
-            projection,
-            temperature_outside,
-        )
+    if temperature_outside:
+        with torch.autocast(samples.device.type, enabled=False):
+            return reference.proxy_nca(
+                samples, loc, concentration, labels, temperature, normalizer, projection, True
+            )
+    losses: Tensor = torch.ops.nivmf_fast.proxy_nca(
+        samples.contiguous(),
+        loc.contiguous(),
+        concentration.contiguous(),
+        labels.contiguous(),
+        temperature,
+        normalizer == "exact",
+        projection,
+        precision == "fast",
+        _workspace(workspace, samples),
+        backend,
+    )[0]
+    return losses
 
 
 def vmf_log_ppk(
@@ -379,6 +393,12 @@ def _check_options(normalizer: str, precision: str, workspace: int | None) -> No
         _check_count("workspace", workspace, 1)
 
 
+def _workspace(workspace: int | None, like: Tensor) -> int:
+    if not torch.is_grad_enabled():
+        return 0  # there is no backward to keep scores for
+    return workspace or (256 if like.device.type == "cuda" else 64) << 20
+
+
 def _check_proxies(
     samples: Tensor, loc: Tensor, concentration: Tensor, validate: bool | None
 ) -> None:
@@ -394,10 +414,21 @@ def _check_proxies(
     _check_shape("concentration", concentration, want, 2, tuple(loc.shape))
     _check_same_device(samples=samples, loc=loc, concentration=concentration)
     if checks_values(validate, samples):
-        check_all("samples", samples, samples.isfinite(), "finite")
-        check_all("loc", loc, loc.isfinite(), "finite")
-        positive = (concentration > 0) & concentration.isfinite()
-        check_all("concentration", concentration, positive, "positive and finite")
+        if not _all_between(samples, -math.inf):
+            check_all("samples", samples, samples.isfinite(), "finite")
+        if not _all_between(loc, -math.inf):
+            check_all("loc", loc, loc.isfinite(), "finite")
+        if not _all_between(concentration, 0):
+            positive = (concentration > 0) & concentration.isfinite()
+            check_all("concentration", concentration, positive, "positive and finite")
+
+
+def _all_between(tensor: Tensor, low: float) -> bool:
+    """low < all < infinity and no NaN, without temporaries of the tensor's size."""
+    if tensor.numel() == 0:
+        return True
+    least, most = torch.aminmax(tensor.detach())
+    return bool((least > low) & (most < math.inf))
 
 
 def check_labels(labels: Tensor, B: int, P: int, validate: bool | None) -> None:

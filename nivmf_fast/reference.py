@@ -337,6 +337,187 @@ def proxy_nca(
     return torch.where(known, loss, math.nan)
 
 
+# The same two as operators with explicit gradients, as the kernels compute them. (Softmax over
+# proxies) x (softmax over samples) is one joint softmax over the N P logits of an image, so that
+# two numbers per image are all the backward needs: the raw maximum and the log of the rest.
+
+
+def log_ppk_forward(
+    samples: Tensor,
+    loc: Tensor,
+    concentration: Tensor,
+    temperature: Tensor,
+    exact: bool,
+    projection: bool,
+    fast: bool = False,
+    workspace: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """log_ppk less its constants; saved [2, B, P]: raw maximum over samples, log sum; common."""
+    T = _positive(temperature)
+    normalizer = _normalizer(exact)
+    proxies = prepare_proxies(loc, concentration, normalizer, projection)
+    z = score(samples, proxies, normalizer, projection)
+    top = z.amax(0)
+    rest = torch.logsumexp((z - top) / T, 0)
+    s = top / T + rest - math.log(len(samples))
+    return s, torch.stack((top, rest)), proxies.common
+
+
+def log_ppk_backward(
+    grad: Tensor,
+    samples: Tensor,
+    loc: Tensor,
+    concentration: Tensor,
+    temperature: Tensor,
+    saved: Tensor,
+    exact: bool,
+    projection: bool,
+    fast: bool = False,
+    workspace: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients in samples, loc, concentration and temperature from grad [B, P]."""
+    T = _positive(temperature)
+    normalizer = _normalizer(exact)
+    proxies = prepare_proxies(loc, concentration, normalizer, projection)
+    z = score(samples, proxies, normalizer, projection)
+    dl = grad * torch.exp((z - saved[0]) / T - saved[1])
+    return (
+        *_score_backward(dl / T, samples, loc, concentration, proxies, exact, projection),
+        -((dl * z).sum(dtype=torch.float64) / T.double().square()).to(T.dtype),
+    )
+
+
+def proxy_nca_forward(
+    samples: Tensor,
+    loc: Tensor,
+    concentration: Tensor,
+    labels: Tensor,
+    temperature: Tensor,
+    exact: bool,
+    projection: bool,
+    fast: bool = False,
+    workspace: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses [B]; [4, B] in float64: maximum and log sum over all, and over the own proxy."""
+    T = _positive(temperature)
+    normalizer = _normalizer(exact)
+    proxies = prepare_proxies(loc, concentration, normalizer, projection)
+    z = score(samples, proxies, normalizer, projection)
+    known = (labels >= 0) & (labels < len(loc))
+    own = z.gather(2, torch.where(known, labels, 0).expand(len(z), -1)[..., None])
+    parts = []
+    for values in (z, own):
+        top = values.amax((0, 2))
+        rest = torch.logsumexp((values - top[:, None]) / T, (0, 2))
+        parts += [top.double() + proxies.common, rest.double()]
+    partial = torch.stack(parts)
+    partial[2] = torch.where(known, partial[2], -math.inf)
+    partial[3] = torch.where(known, partial[3], 0)
+    return loss_of_partial(partial, T), partial, samples.new_empty(0)
+
+
+def loss_of_partial(partial: Tensor, temperature: Tensor) -> Tensor:
+    """-s_i,y_i + log sum_j exp s_ij; NaN for an image whose own proxy was not there."""
+    top, rest, own_top, own_rest = partial
+    loss = (top - own_top) / temperature.double() + (rest - own_rest)
+    return torch.where(own_top > -math.inf, loss, math.nan).to(temperature.dtype)
+
+
+def combine_partials(partials: list[Tensor], temperature: Tensor) -> Tensor:
+    """`partial` of all proxies from those of contiguous ranges of them, in this order."""
+    parts = torch.stack(partials)  # [ranges, 4, B]
+    tops = parts[:, ::2].amax(0)  # [2, B]
+    shift = torch.where(tops > -math.inf, tops, 0)
+    logits = (parts[:, ::2] - shift) / temperature.double() + parts[:, 1::2]
+    rests = torch.where(tops > -math.inf, torch.logsumexp(logits, 0), 0)
+    return torch.stack((tops, rests), 1).flatten(0, 1)
+
+
+def proxy_nca_backward(
+    grad: Tensor,
+    samples: Tensor,
+    loc: Tensor,
+    concentration: Tensor,
+    labels: Tensor,
+    temperature: Tensor,
+    partial: Tensor,
+    saved: Tensor,
+    exact: bool,
+    projection: bool,
+    fast: bool = False,
+    workspace: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients as log_ppk_backward, from grad [B]; NaN where the image's own proxy is nowhere."""
+    T = _positive(temperature)
+    normalizer = _normalizer(exact)
+    proxies = prepare_proxies(loc, concentration, normalizer, projection)
+    z = score(samples, proxies, normalizer, projection)
+    top, rest, own_top, own_rest = partial
+    known = (labels >= 0) & (labels < len(loc))
+    index = torch.where(known, labels, 0).expand(len(z), -1)[..., None]
+
+    def softmax(values: Tensor, top: Tensor, rest: Tensor) -> Tensor:
+        near = (top - proxies.common).to(z.dtype)[:, None]
+        rest = rest + (top - proxies.common - near[:, 0]) / T.double()
+        return torch.exp((values - near) / T - rest.to(z.dtype)[:, None])
+
+    own = softmax(z.gather(2, index), own_top, own_rest)
+    own = torch.where(known[:, None], own, 0)
+    grad = torch.where(own_top > -math.inf, grad, math.nan)[:, None]
+    dl = grad * softmax(z, top, rest).scatter_add(2, index, -own)
+    centered = z - (top - proxies.common).to(z.dtype)[:, None]  # the rows of dl sum to zero
+    return (
+        *_score_backward(dl / T, samples, loc, concentration, proxies, exact, projection),
+        -((dl * centered).sum(dtype=torch.float64) / T.double().square()).to(T.dtype),
+    )
+
+
+def _normalizer(exact: bool) -> str:
+    return "exact" if exact else "released"
+
+
+def _positive(temperature: Tensor) -> Tensor:
+    return torch.where(temperature > 0, temperature, math.nan)
+
+
+def _score_backward(
+    G: Tensor,
+    samples: Tensor,
+    loc: Tensor,
+    concentration: Tensor,
+    proxies: Proxies,
+    exact: bool,
+    projection: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients in samples, loc and concentration from G = dL/dz [N, B, P], for unit samples."""
+    D = samples.shape[-1]
+    G, x = G.flatten(0, 1), samples.flatten(0, 1)
+    num, squares = x @ proxies.linear.T, x.square()
+    den = torch.sqrt(1 + squares @ proxies.spread.T)
+    G1 = G / den if projection else G
+    slope = (num / den if projection else 0) + (D if exact else 0)
+    G2 = -0.5 * G * slope / den.square()  # dL/ddelta
+    d_samples = G1 @ proxies.linear + 2 * x * (G2 @ proxies.spread)
+
+    dM, dQ = (G1.T @ x).double(), (G2.T @ squares).double()
+    da = G.sum(0, dtype=torch.float64)[:, None]
+    mu, kappa = loc.double(), concentration.double()
+    kbar = kappa.log().mean(-1, keepdim=True).exp()
+    length = torch.linalg.vector_norm(kappa * mu, dim=-1, keepdim=True)
+    pull = special.vmf_mean_resultant_length(length, D) / length
+    if not exact:
+        pull = pull + 1 / length.square()
+    scale = kappa / kbar if projection else torch.ones_like(kappa)
+    d_loc = kappa * (scale * dM - da * pull * kappa * mu)
+    d_concentration = (
+        (2 if projection else 1) * mu * scale * dM
+        + 2 * kappa / kbar.square() * dQ
+        + da * (1 / kappa - pull * kappa * mu.square())
+    )
+    dtype = samples.dtype
+    return d_samples.view_as(samples), d_loc.to(dtype), d_concentration.to(dtype)
+
+
 def vmf_log_ppk(
     one_minus_cosine: Tensor, concentration1: Tensor, concentration2: Tensor, rho: float, dim: int
 ) -> Tensor:

@@ -104,7 +104,7 @@ def _series_at_zero(nu: float, terms: int) -> float:
 def _debye(k: Tensor, plan: _Plan, order: int) -> Tensor:
     """Order-lifted form (MATH: Olver's expansion at nu + lift, then `lift` backward steps)."""
     nu = plan.nu + plan.lift
-    s = torch.hypot(k, k.new_tensor(nu))
+    s = torch.hypot(k, k.new_full((), nu))
     inv_s, tau = 1 / s, (nu / s).square()
     u = inv_s.square()
     q = (k / nu) * (k / (nu + s))  # S/nu - 1
@@ -131,7 +131,7 @@ def _debye(k: Tensor, plan: _Plan, order: int) -> Tensor:
 def _unlifted(k: Tensor, plan: _Plan, order: int) -> Tensor:
     """Large concentration in low dimension: the expansion at nu itself, valid at nu = 0 too."""
     nu = plan.nu
-    s = torch.hypot(k, k.new_tensor(nu))
+    s = torch.hypot(k, k.new_full((), nu))
     inv_s, tau = 1 / s, (nu / s).square()
     if order == 0:
         constant = math.lgamma(nu + 1) + nu * math.log(2) - 0.5 * math.log(2 * math.pi)
@@ -230,7 +230,7 @@ def _difference(k: Tensor, k0: Tensor, dim: int) -> Tensor:
         g, g0 = (log_normalizer_derivative(x.double(), dim, 0) for x in (k, k0))
         return (g - g0).to(k.dtype)
     nu = plan.nu
-    s, s0 = (torch.hypot(x, x.new_tensor(nu)) for x in (k, k0))
+    s, s0 = (torch.hypot(x, x.new_full((), nu)) for x in (k, k0))
     ds = (k - k0) * ((k + k0) / (s + s0))
     i, i0 = 1 / s, 1 / s0
     first = 1 / 8 - (5 / 24) * nu**2 * (i * i + i * i0 + i0 * i0)  # of S^-1 P_1

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 LIBRARY: dict[str, set[str]] = {
     "special": set(),
     "reference": {"special"},
-    "triton": {"triton", "<triton>"},
+    "triton": {"triton", "special", "<triton>"},
     "_ops": {"special", "reference", "triton"},
     "autograd": {"_ops", "special"},
     "functional": {"_ops", "autograd", "reference", "special"},

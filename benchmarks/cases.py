@@ -1,0 +1,267 @@
+"""What is timed: shapes, data, and for every op this library's backends beside its baselines.
+
+A case is a function without arguments that does one whole step, forward and backward, and returns
+named results; all cases of an op must return the same numbers, which is checked before timing.
+"""
+
+import importlib.util
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+import nivmf_fast
+from nivmf_fast import reference
+
+Step = Callable[[], dict[str, Tensor]]
+
+
+class Shape(NamedTuple):
+    B: int  # images
+    N: int  # samples of each
+    P: int  # proxies
+    D: int  # dimensions
+
+
+SHAPES = {
+    "cub-128": Shape(112, 5, 100, 128),
+    "cub-512": Shape(112, 10, 100, 512),
+    "cars-128": Shape(112, 5, 98, 128),
+    "cars-512": Shape(112, 10, 98, 512),
+    "sop-128": Shape(112, 5, 11_318, 128),
+    "sop-512": Shape(112, 5, 11_318, 512),
+    "1e5-128": Shape(112, 5, 100_000, 128),
+    "1e5-512": Shape(112, 5, 100_000, 512),
+    "1e6-128": Shape(512, 5, 1_000_000, 128),
+    "1e6-512": Shape(512, 5, 1_000_000, 512),
+}
+
+
+@dataclass
+class Problem:
+    op: str
+    shape: Shape
+    temperature: float
+    device: str
+    dtype: torch.dtype = torch.float32
+
+    def __post_init__(self) -> None:
+        B, N, P, D = self.shape
+        g = torch.Generator().manual_seed(0)
+        unit = torch.nn.functional.normalize
+        loc = unit(torch.randn(P, D, generator=g), dim=-1)
+        kappa = 20 * torch.exp(0.05 * torch.randn(P, D, generator=g))
+        self.labels = torch.randint(P, (B,), generator=g).to(self.device)
+        image = unit(loc[self.labels.cpu()] + torch.randn(B, D, generator=g) * 2 / D**0.5, dim=-1)
+        self.image, self.k = image.to(self.device), torch.full((B,), 60.0, device=self.device)
+        x = nivmf_fast.vmf_rsample(image, self.k.cpu(), N, seed=0, backend="reference")
+        tensors = x, loc, kappa, torch.tensor(self.temperature)
+        self.inputs = [t.to(self.device, self.dtype).requires_grad_() for t in tensors]
+
+    def double(self) -> "Problem":
+        return Problem(self.op, self.shape, self.temperature, self.device, torch.float64)
+
+
+NAMES = ("value", "samples", "loc", "concentration", "temperature")
+
+
+def _step(problem: Problem, forward: Callable[..., Tensor]) -> Step:
+    """One forward and backward of a function of the inputs, whose values are summed."""
+
+    def step() -> dict[str, Tensor]:
+        value = forward(*problem.inputs)
+        gradients = torch.autograd.grad(value.sum(), problem.inputs)
+        return dict(zip(NAMES, (value.detach(), *gradients), strict=True))
+
+    return step
+
+
+# --- log-PPK and proxy-NCA: baselines
+
+
+def _eager(problem: Problem) -> Callable[..., Tensor]:
+    if problem.op == "log_ppk":
+        return lambda x, loc, kappa, T: reference.log_ppk(x, loc, kappa, T, constants=False)
+    labels = problem.labels
+    return lambda x, loc, kappa, T: reference.proxy_nca(x, loc, kappa, labels, T)
+
+
+def _per_image(problem: Problem) -> Callable[..., Tensor]:
+    """As the research code goes about it: one image after the other, each against all proxies."""
+
+    def forward(x: Tensor, loc: Tensor, kappa: Tensor, T: Tensor) -> Tensor:
+        if problem.op == "log_ppk":
+            rows = [reference.log_ppk(one, loc, kappa, T, constants=False) for one in x.split(1, 1)]
+        else:
+            pairs = zip(x.split(1, 1), problem.labels.split(1), strict=True)
+            rows = [reference.proxy_nca(one, loc, kappa, label, T) for one, label in pairs]
+        return torch.cat(rows)
+
+    return forward
+
+
+def _chunked(problem: Problem, chunk: int = 4096) -> Callable[..., Tensor]:
+    """Batched over chunks of proxies whose scores are computed again in the backward."""
+
+    def part(x: Tensor, loc: Tensor, kappa: Tensor, T: Tensor) -> Tensor:  # [B], raw log sum
+        proxies = reference.prepare_proxies(loc, kappa)
+        z = reference.score(x, proxies, "exact", True)
+        top = z.detach().amax((0, 2))
+        rest = torch.logsumexp((z - top[:, None]) / T, (0, 2))
+        return (top + proxies.common).double() / T + rest
+
+    def forward(x: Tensor, loc: Tensor, kappa: Tensor, T: Tensor) -> Tensor:
+        pieces = zip(loc.split(chunk), kappa.split(chunk), strict=True)
+        sums = [checkpoint(part, x, m, k, T, use_reentrant=False) for m, k in pieces]
+        own = torch.stack(
+            [part(x[:, i : i + 1], loc[j : j + 1], kappa[j : j + 1], T)
+             for i, j in enumerate(problem.labels.tolist())]
+        )  # fmt: skip
+        return (torch.logsumexp(torch.stack(sums), 0) - own[:, 0]).to(x.dtype)
+
+    return forward
+
+
+def _products_only(problem: Problem) -> Step:
+    """The floor: the six matrix products of a step and nothing else."""
+    x, loc, kappa, _ = (t.detach() for t in problem.inputs)
+    x = x.flatten(0, 1)
+    G = torch.full((len(x), len(loc)), 1e-3, dtype=x.dtype, device=x.device)
+
+    def step() -> dict[str, Tensor]:
+        x @ loc.T, x @ kappa.T
+        G @ loc, G @ kappa
+        return {"loc": G.T @ x, "concentration": G.T @ x}
+
+    return step
+
+
+def _cuda_graph(step: Step) -> Step:
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step()
+
+    def replay() -> dict[str, Tensor]:
+        graph.replay()
+        return results
+
+    return replay
+
+
+def _library(problem: Problem, backend: str) -> Callable[..., Tensor]:
+    if problem.op == "log_ppk":
+        return lambda *inputs: nivmf_fast.log_ppk(*inputs, constants=False, backend=backend)
+    return lambda x, loc, kappa, T: nivmf_fast.proxy_nca(
+        x, loc, kappa, problem.labels, T, backend=backend
+    )
+
+
+def _kernel_cases(problem: Problem) -> Iterator[tuple[str, Callable[[], Step]]]:
+    for backend in _backends(problem):
+        yield f"nivmf_fast ({backend})", lambda b=backend: _step(problem, _library(problem, b))
+    B, N, P, _ = problem.shape
+    fits = 8 * 4 * B * N * P < 24e9  # eager code keeps about eight arrays of all scores
+    if fits:
+        yield "batched eager", lambda: _step(problem, _eager(problem))
+        yield "torch.compile", lambda: _step(problem, torch.compile(_eager(problem)))
+    if P <= 1000:
+        yield "per-image loop", lambda: _step(problem, _per_image(problem))
+    if P > 4096 and problem.op == "proxy_nca":
+        yield "chunked + checkpointed", lambda: _step(problem, _chunked(problem))
+    if fits and problem.device == "cuda":
+        yield "CUDA graph of eager", lambda: _cuda_graph(_step(problem, _eager(problem)))
+    if 4 * B * N * P < 24e9:
+        yield "matrix products only", lambda: _products_only(problem)
+
+
+# --- the sampler
+
+
+def _sampler_step(problem: Problem, draw: Callable[[Tensor, Tensor], Tensor]) -> Step:
+    loc, k = problem.image.clone().requires_grad_(), problem.k.clone().requires_grad_()
+
+    def step() -> dict[str, Tensor]:
+        x = draw(loc, k)
+        torch.autograd.grad(x.sum(), (loc, k))
+        return {"samples": x.detach()}
+
+    return step
+
+
+def _sampler_cases(problem: Problem) -> Iterator[tuple[str, Callable[[], Step]]]:
+    B, N, _, D = problem.shape
+    loc, k = problem.image, problem.k
+    seed = torch.zeros((), dtype=torch.int64, device=problem.device)
+    for backend in _backends(problem):
+        yield (
+            f"nivmf_fast ({backend})",
+            lambda b=backend: _sampler_step(
+                problem, lambda m, c: nivmf_fast.vmf_rsample(m, c, N, seed=seed, backend=b)
+            ),
+        )
+    yield (
+        "nivmf_fast, forward only",
+        lambda: lambda: {"samples": nivmf_fast.vmf_rsample(loc, k, N, seed=seed)},
+    )
+    yield (
+        "vectorised PyTorch, forward only",
+        lambda: lambda: {"samples": reference.vmf_rsample(loc, k, N, seed).samples},
+    )
+    yield "per-image loop, forward only", lambda: lambda: {
+        "samples": torch.cat(
+            [reference.vmf_rsample(loc[i : i + 1], k[i : i + 1], N, seed, i).samples
+             for i in range(B)], 1
+        )
+    }  # fmt: skip
+    yield (
+        "torch.randn of the same shape",
+        lambda: lambda: {"other": torch.randn(N, B, D, device=problem.device)},
+    )
+    if importlib.util.find_spec("scipy") and problem.device == "cpu":
+        from scipy.stats import vonmises_fisher
+
+        laws = [vonmises_fisher(m.double().numpy() / math.sqrt(float(m.double() @ m.double())), 60)
+                for m in loc]  # fmt: skip
+        yield (
+            "scipy, one image at a time",
+            lambda: (
+                lambda: {"other": torch.stack([torch.from_numpy(law.rvs(N)) for law in laws], 1)}
+            ),
+        )
+
+
+def _backends(problem: Problem) -> list[str]:
+    found = []
+    for backend in ("cpu", "cuda", "triton", "reference"):
+        try:
+            nivmf_fast.which_backend(problem.op, problem.device, problem.dtype, backend)
+        except RuntimeError:
+            continue
+        if backend != "triton" or problem.device == "cuda":
+            found.append(backend)
+    return found if problem.op == "vmf_rsample" else [b for b in found if b != "reference"]
+
+
+CASES: dict[str, Callable[[Problem], Iterator[tuple[str, Callable[[], Step]]]]] = {
+    "proxy_nca": _kernel_cases,
+    "log_ppk": _kernel_cases,
+    "vmf_rsample": _sampler_cases,
+}
+
+
+def truth(problem: Problem) -> dict[str, Tensor] | None:
+    """The same step in float64, where that fits into memory."""
+    B, N, P, _ = problem.shape
+    if problem.op == "vmf_rsample" or 8 * 8 * B * N * P > 8e9:
+        return None
+    double: Any = problem.double()
+    return _step(double, _eager(double))()

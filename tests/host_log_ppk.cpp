@@ -1,0 +1,44 @@
+// csrc/log_ppk_kernel.cu, launchers and all, compiled for the host: tests/test_log_ppk_cuda.py
+// calls it through ctypes.
+#include "cuda_on_host.h"
+//
+#include "log_ppk_kernel.cu"
+
+extern "C" {
+
+void host_seed(unsigned seed) { host::order.seed(seed); }
+int64_t host_launches() { return host::launches; }
+int64_t host_copies() { return host::copies; }
+
+#define NIVMF_HOST(T, name)                                                                       \
+  int64_t saved_bytes_##name(const nivmf::LogPpkSizes* s) {                                       \
+    return nivmf::proxy_nca_saved_bytes<T>(*s);                                                   \
+  }                                                                                               \
+  int64_t forward_bytes_##name(const nivmf::LogPpkSizes* s) {                                     \
+    return nivmf::log_ppk_forward_scratch_bytes<T>(*s);                                           \
+  }                                                                                               \
+  int64_t backward_bytes_##name(const nivmf::LogPpkSizes* s) {                                    \
+    return nivmf::log_ppk_backward_scratch_bytes<T>(*s);                                          \
+  }                                                                                               \
+  int proxy_nca_##name(const nivmf::LogPpkSizes* s, const nivmf::LogPpkInputs<T>* in, T* losses,  \
+                       double* partial, void* saved, void* scratch) {                             \
+    return nivmf::proxy_nca_cuda(*s, *in, losses, partial, saved, scratch, nullptr);              \
+  }                                                                                               \
+  int proxy_nca_backward_##name(const nivmf::LogPpkSizes* s, const nivmf::LogPpkInputs<T>* in,    \
+                                const T* grad, const double* partial, void* saved, void* scratch, \
+                                const nivmf::LogPpkGradients<T>* out) {                           \
+    return nivmf::proxy_nca_backward_cuda(*s, *in, grad, partial, saved, scratch, *out, nullptr); \
+  }                                                                                               \
+  int log_ppk_##name(const nivmf::LogPpkSizes* s, const nivmf::LogPpkInputs<T>* in, T* out,       \
+                     T* rest, double* common, void* scratch) {                                    \
+    return nivmf::log_ppk_cuda(*s, *in, out, rest, common, scratch, nullptr);                     \
+  }                                                                                               \
+  int log_ppk_backward_##name(const nivmf::LogPpkSizes* s, const nivmf::LogPpkInputs<T>* in,      \
+                              const T* grad, const T* rest, void* scratch,                        \
+                              const nivmf::LogPpkGradients<T>* out) {                             \
+    return nivmf::log_ppk_backward_cuda(*s, *in, grad, rest, scratch, *out, nullptr);             \
+  }
+
+NIVMF_HOST(float, f32)
+NIVMF_HOST(double, f64)
+}
