@@ -192,7 +192,7 @@ def test_samples_do_not_depend_on_the_batch_split() -> None:
 def test_options_reach_the_kernel() -> None:
     e, y = batch()
     values = {
-        float(make("el-nivmf", normalizer=n, projection=p, temperature_outside=t)(e, y, seed=0))
+        make("el-nivmf", normalizer=n, projection=p, temperature_outside=t)(e, y, seed=0).item()
         for n in ("exact", "released")
         for p in (True, False)
         for t in (True, False)
