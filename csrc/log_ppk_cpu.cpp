@@ -44,11 +44,13 @@ namespace nivmf {
 namespace {
 
 constexpr int64_t kPanel = 128;  // proxies
-constexpr int64_t kBlock = 96;   // rows
+constexpr int64_t kStride =
+    kPanel + 16;  // of gradient tiles, read by columns: a power of two would fill a few sets of L1
+constexpr int64_t kBlock = 96;  // rows
 constexpr int64_t kDepth =
     128;  // of a product at a time: short sums are exact sums, short strips stay in L1
 constexpr int64_t kTileRows = 6;    // x kLanes sums: 6 or 12 vector registers of 16 or 32
-constexpr int64_t kRowGroup = 256;  // rows worth preparing a panel once more
+constexpr int64_t kRowGroup = 256;  // rows worth a gradient of the proxies of their own
 constexpr int64_t kTasks = 16;      // enough; each has its own memory
 template <typename T>
 constexpr int64_t kLanes = 64 / sizeof(T);
@@ -287,8 +289,6 @@ struct Panel {
   Buffer<T> bias;
   Buffer<T> linear, spread;            // strips of proxies, for the scores
   Buffer<T> linear_rows, spread_rows;  // strips of dimensions, for the samples' gradient
-  ProxyRow row;
-  Buffer<T> rounded;  // [2, padded]
 
   Panel(const Task<T>& op, int64_t width, bool scores, bool gradients)
       : proxy(width),
@@ -296,9 +296,7 @@ struct Panel {
         linear(scores ? op.padded * round_up(width, kLanes<T>) : 0),
         spread(scores && op.squares ? op.padded * round_up(width, kLanes<T>) : 0),
         linear_rows(gradients ? op.padded * width : 0),
-        spread_rows(gradients && op.squares ? op.padded * width : 0),
-        row(op.dim),
-        rounded(2 * op.padded) {}
+        spread_rows(gradients && op.squares ? op.padded * width : 0) {}
 };
 
 template <typename T>
@@ -316,21 +314,25 @@ NIVMF_CLONES void place(const T* __restrict__ row, int64_t j, int64_t dim, int64
   }
 }
 
+// On all threads, unless a task on one of them asks.
 template <typename T>
 void prepare(const Task<T>& op, int64_t first, int64_t width, Panel<T>& panel) {
   panel.first = first;
   panel.width = std::min(width, op.proxies - first);
   panel.lanes = round_up(panel.width, kLanes<T>);
-  T *const linear = panel.rounded.data(), *const spread = linear + op.padded;
-  for (int64_t j = 0; j < panel.width; ++j) {
-    const Proxy proxy = panel.proxy[j] = describe(op, first + j, panel.row);
-    panel.bias[j] = T(proxy.bias - op.common);
-    round_proxy(op, panel.row, proxy.inverse_kbar, linear, spread);
-    place(linear, j, op.dim, panel.width, panel.linear.data(), panel.linear_rows.data());
-    if (op.squares) {
-      place(spread, j, op.dim, panel.width, panel.spread.data(), panel.spread_rows.data());
+  parallel_for(0, panel.width, 16, [&](int64_t begin, int64_t end) {
+    ProxyRow row(op.dim);
+    Buffer<T> linear(op.padded), spread(op.padded);
+    for (int64_t j = begin; j < end; ++j) {
+      const Proxy proxy = panel.proxy[j] = describe(op, first + j, row);
+      panel.bias[j] = T(proxy.bias - op.common);
+      round_proxy(op, row, proxy.inverse_kbar, linear.data(), spread.data());
+      place(linear.data(), j, op.dim, panel.width, panel.linear.data(), panel.linear_rows.data());
+      if (op.squares) {
+        place(spread.data(), j, op.dim, panel.width, panel.spread.data(), panel.spread_rows.data());
+      }
     }
-  }
+  });
   for (int64_t j = panel.width; j < panel.lanes; ++j) panel.bias[j] = -INFINITY;
 }
 
@@ -458,9 +460,8 @@ struct NcaForward {
 
 template <typename T>
 void forward_panel(const Task<T>& op, NcaForward<T>& out, int64_t p,
-                   const std::vector<int64_t>& rows, Panel<T>& panel, Block<T>& block) {
+                   const std::vector<int64_t>& rows, const Panel<T>& panel, Block<T>& block) {
   const int64_t width = out.layout.width, total = op.batch * op.n, count = rows.size();
-  prepare(op, p * width, width, panel);
   T* const tops = out.saved + p * out.layout.columns;
   T* const kept = tops + op.batch;
   LogSum* const images = out.by_panel.data() + p * op.batch;
@@ -510,8 +511,7 @@ NIVMF_CLONES void add_sample(const T* __restrict__ z, int64_t size, T scale, T* 
 
 template <typename T>
 void ppk_panel(const Task<T>& op, const PpkForward<T>& out, int64_t p,
-               const std::vector<int64_t>& rows, Panel<T>& panel, Block<T>& block) {
-  prepare(op, p * out.width, out.width, panel);
+               const std::vector<int64_t>& rows, const Panel<T>& panel, Block<T>& block) {
   const int64_t count = rows.size();
   Buffer<T> top(kPanel), sum(kPanel);
   for (int64_t start = 0; start < count; start += kBlock) {
@@ -563,7 +563,7 @@ struct BackwardJob {
 template <typename T>
 struct GradientScratch {
   Buffer<T> weight;              // dL/dl of one row
-  Buffer<T> g1, g2;              // dL/dnum, dL/ddelta: [kBlock, kPanel]
+  Buffer<T> g1, g2;              // dL/dnum, dL/ddelta: [kBlock, kStride]
   Buffer<T> x, xx;               // the block in strips
   Buffer<T> dx, dx2;             // [kBlock, padded]
   Buffer<T> d_linear, d_spread;  // [kPanel, padded]
@@ -572,8 +572,8 @@ struct GradientScratch {
 
   explicit GradientScratch(const Task<T>& op)
       : weight(kPanel),
-        g1((kBlock + 1) * kPanel),  // whole tiles are read
-        g2((kBlock + 1) * kPanel),
+        g1((kBlock + 1) * kStride),  // whole tiles are read
+        g2((kBlock + 1) * kStride),
         x(kBlock * op.padded),
         xx(kBlock * op.padded),
         dx(kBlock * op.padded),
@@ -656,11 +656,10 @@ NIVMF_CLONES void add_row_gradient(const T* __restrict__ x, const T* __restrict_
 // the rows.
 template <typename T>
 void backward_panel(const Task<T>& op, const BackwardJob<T>& job, int64_t p,
-                    const std::vector<int64_t>& rows, T* d_samples, Panel<T>& panel,
+                    const std::vector<int64_t>& rows, T* d_samples, const Panel<T>& panel,
                     Block<T>& block, GradientScratch<T>& out) {
   const int64_t width = job.layout.width, total = op.batch * op.n, count = rows.size();
   const int64_t pairs = op.batch * op.proxies;
-  prepare(op, p * width, width, panel);
   std::fill_n(out.d_bias.data(), kPanel, 0.0);
   for (int64_t start = 0; start < count; start += kBlock) {
     const int64_t size = std::min(kBlock, count - start);
@@ -685,15 +684,15 @@ void backward_panel(const Task<T>& op, const BackwardJob<T>& job, int64_t p,
         out.d_temperature += ppk_weights(job.grad + at, job.tops + at, job.tops + pairs + at, z,
                                          panel.width, panel.lanes, op.scale, weight);
       }
-      row_gradients(op, num, delta, weight, panel.lanes, out.g1.data() + r * kPanel,
-                    out.g2.data() + r * kPanel, out.d_bias.data());
+      row_gradients(op, num, delta, weight, panel.lanes, out.g1.data() + r * kStride,
+                    out.g2.data() + r * kStride, out.d_bias.data());
     }
     const auto gradients = [&](const Buffer<T>& g, const Buffer<T>& proxies, const Buffer<T>& x,
                                Buffer<T>& dx, Buffer<T>& strips, Buffer<T>& d_proxies) {
-      multiply(size, op.padded, panel.width, g.data(), kPanel, 1, proxies.data(), false, dx.data(),
+      multiply(size, op.padded, panel.width, g.data(), kStride, 1, proxies.data(), false, dx.data(),
                op.padded);
       pack(x.data(), size, op.padded, strips.data());
-      multiply(panel.width, op.padded, size, g.data(), 1, kPanel, strips.data(), start > 0,
+      multiply(panel.width, op.padded, size, g.data(), 1, kStride, strips.data(), start > 0,
                d_proxies.data(), op.padded);
     };
     gradients(out.g1, panel.linear_rows, block.x, out.dx, out.x, out.d_linear);
@@ -767,15 +766,50 @@ std::vector<int64_t> rows_of(const LogPpk<T>& op, int64_t group, int64_t groups)
   return rows;
 }
 
+// Panels for the tasks of one pass. Where several groups of rows meet each panel, all are prepared
+// before, once (they fit: see `cut`); else each task prepares the panel it has come to.
+template <typename T>
+class Panels {
+ public:
+  Panels(const Task<T>& op, const SavedLayout& layout, int64_t row_groups, bool scores,
+         bool gradients)
+      : op_(op), layout_(layout), scores_(scores), gradients_(gradients) {
+    for (int64_t p = 0; row_groups > 1 && p < layout.panels; ++p) {
+      shared_.emplace_back(op, layout.width, scores, gradients);
+      prepare(op, p * layout.width, layout.width, shared_.back());
+    }
+  }
+
+  // Space for one panel of a task's own, if it will need it.
+  Panel<T> space() const {
+    return shared_.empty() ? Panel<T>(op_, layout_.width, scores_, gradients_)
+                           : Panel<T>(op_, 0, false, false);
+  }
+
+  const Panel<T>& get(int64_t p, Panel<T>& own) const {
+    if (!shared_.empty()) return shared_[p];
+    prepare(op_, p * layout_.width, layout_.width, own);
+    return own;
+  }
+
+ private:
+  const Task<T>& op_;
+  const SavedLayout& layout_;
+  bool scores_, gradients_;
+  std::vector<Panel<T>> shared_;
+};
+
 // Calls visit(panel index, rows, panel, block) for every panel and group of rows, group by group.
 template <typename T, typename Visit>
 void for_each_panel(const Task<T>& op, const SavedLayout& layout, const Visit& visit) {
   const int64_t row_groups = cut(op, layout.panels).row_groups;
+  const Panels<T> panels(op, layout, row_groups, true, false);
   parallel_for(0, layout.panels * row_groups, 1, [&](int64_t begin, int64_t end) {
-    Panel<T> panel(op, layout.width, true, false);
+    Panel<T> own = panels.space();
     Block<T> block(op);
     for (int64_t task = begin; task < end; ++task) {
-      visit(task % layout.panels, rows_of(op, task / layout.panels, row_groups), panel, block);
+      const int64_t p = task % layout.panels;
+      visit(p, rows_of(op, task / layout.panels, row_groups), panels.get(p, own), block);
     }
   });
 }
@@ -800,8 +834,8 @@ struct Parts {
 
 template <typename T>
 void backward_task(const Task<T>& op, const BackwardJob<T>& job, const Cut& cuts, int64_t task,
-                   Parts<T>& parts, const LogPpkGradients<T>& out, Panel<T>& panel, Block<T>& block,
-                   GradientScratch<T>& scratch) {
+                   Parts<T>& parts, const LogPpkGradients<T>& out, const Panels<T>& panels,
+                   Panel<T>& own, Block<T>& block, GradientScratch<T>& scratch) {
   const int64_t row_group = task / cuts.panel_groups, group = task % cuts.panel_groups;
   const std::vector<int64_t> rows = rows_of(op, row_group, cuts.row_groups);
   std::vector<int64_t> live;
@@ -821,6 +855,7 @@ void backward_task(const Task<T>& op, const BackwardJob<T>& job, const Cut& cuts
       }
       continue;
     }
+    const Panel<T>& panel = panels.get(p, own);
     backward_panel(op, job, p, live, parts.d_samples[group], panel, block, scratch);
     for (int64_t j = first; j < last; ++j) {
       const T* const d_linear = scratch.d_linear.data() + (j - first) * op.padded;
@@ -854,12 +889,13 @@ void backward(const Task<T>& op, const BackwardJob<T>& job, const LogPpkGradient
   for (int64_t g = 1; g < cuts.panel_groups; ++g) {
     parts.d_samples.push_back(slabs.data() + (g - 1) * size);
   }
+  const Panels<T> panels(op, job.layout, cuts.row_groups, !job.layout.scores, true);
   parallel_for(0, cuts.tasks(), 1, [&](int64_t begin, int64_t end) {
-    Panel<T> panel(op, job.layout.width, !job.layout.scores, true);
+    Panel<T> own = panels.space();
     Block<T> block(op);
     GradientScratch<T> scratch(op);
     for (int64_t task = begin; task < end; ++task) {
-      backward_task(op, job, cuts, task, parts, out, panel, block, scratch);
+      backward_task(op, job, cuts, task, parts, out, panels, own, block, scratch);
     }
   });
   if (partial) {
@@ -907,7 +943,7 @@ void proxy_nca_cpu(const LogPpk<T>& given, const int64_t* labels, T* losses, dou
   NcaForward<T> out = {labels, layout, saved, std::vector<T>(B * N),
                        std::vector<LogSum>(layout.panels * B)};
   for_each_panel(op, layout,
-                 [&](int64_t p, const std::vector<int64_t>& rows, Panel<T>& panel,
+                 [&](int64_t p, const std::vector<int64_t>& rows, const Panel<T>& panel,
                      Block<T>& block) { forward_panel(op, out, p, rows, panel, block); });
   for (int64_t i = 0; i < B; ++i) {
     LogSum all, mine;
@@ -955,7 +991,7 @@ void log_ppk_cpu(const LogPpk<T>& given, T* values, T* saved, double* common) {
   const SavedLayout layout = without_scores(op.proxies);
   const PpkForward<T> out = {layout.width, values, saved, saved + op.batch * op.proxies};
   for_each_panel(op, layout,
-                 [&](int64_t p, const std::vector<int64_t>& rows, Panel<T>& panel,
+                 [&](int64_t p, const std::vector<int64_t>& rows, const Panel<T>& panel,
                      Block<T>& block) { ppk_panel(op, out, p, rows, panel, block); });
 }
 
