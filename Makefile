@@ -2,6 +2,8 @@
 # make demo     train, evaluate and report on rendered glyphs (a few minutes, no data set, no GPU)
 # make test     lint and every test
 # make lint     ruff, mypy, clang-format
+# make gpu      where a GPU, torch and nvcc are and nothing may be installed: build in place with
+#               $(PYTHON), run the tests of every backend, time the kernels; each part has a limit
 # make clean    remove what was built (make distclean: the virtual environment too)
 #
 # PYTHON=python3.12 chooses the interpreter of a new .venv; ARGS="..." goes to the demo or to pytest.
@@ -22,7 +24,7 @@ SWITCHES := NIVMF_CUDA=$(NIVMF_CUDA) NIVMF_REQUIRE_EXT=$(NIVMF_REQUIRE_EXT) $(TO
 FAIL = { echo "make: $(1)" >&2; exit 1; }
 
 .DELETE_ON_ERROR:
-.PHONY: install demo test lint clean distclean compiler FORCE
+.PHONY: install demo test lint gpu clean distclean compiler FORCE
 
 install: $(INSTALLED)
 
@@ -37,6 +39,18 @@ lint: $(INSTALLED)
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 	$(VENV)/bin/clang-format --dry-run -Werror $(KERNELS) $(wildcard tests/*.cpp)
+
+GPU_TESTS := $(addprefix tests/test_,special.py vmf_rsample.py triton_sampler.py log_ppk.py \
+  log_ppk_cuda.py triton_log_ppk.py)
+
+gpu:
+	NIVMF_CUDA=1 NIVMF_REQUIRE_EXT=1 $(PYTHON) setup.py build_ext --inplace
+	$(PYTHON) -m nivmf_fast
+	-timeout 270 $(PYTHON) -m pytest --override-ini=addopts=-ra $(GPU_TESTS) $(ARGS)
+	-timeout 60 $(PYTHON) -m benchmarks --quick --op vmf_rsample --shape cub-512 \
+	  --json benchmarks/results/gpu-vmf_rsample.json
+	-timeout 120 $(PYTHON) -m benchmarks --quick --op proxy_nca --shape cub-128 cub-512 sop-512 \
+	  --json benchmarks/results/gpu-proxy_nca.json
 
 # torch comes first because the kernels are compiled against the torch that is installed; without
 # build isolation setuptools is the pinned one too. An edit of the kernels alone only rebuilds.

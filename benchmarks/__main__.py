@@ -16,17 +16,19 @@ import torch
 
 import nivmf_fast
 from benchmarks import timing
-from benchmarks.cases import CASES, SHAPES, Problem, truth
+from benchmarks.cases import CASES, SHAPES, Problem, tangential, truth
+from benchmarks.samplers import moment_error
 
+STANDARD_ERRORS = 5  # that a sampler's mean cosine may be off
 TOLERANCE = 0.05  # of a case against float64: all compute the same thing, or the time says nothing
 
 
 def run(problem: Problem, seconds: float) -> list[dict[str, Any]]:
-    want, steps, rows = truth(problem), {}, []
+    want, steps, rows = tangential(truth(problem), problem), {}, []
     for name, make in CASES[problem.op](problem):
         try:
             steps[name] = make()
-            got = steps[name]()
+            got = tangential(steps[name](), problem)
         except (RuntimeError, torch.OutOfMemoryError) as error:
             steps.pop(name, None)
             rows.append({"case": name, "failed": str(error).splitlines()[0]})
@@ -34,6 +36,10 @@ def run(problem: Problem, seconds: float) -> list[dict[str, Any]]:
         errors = timing.relative_errors(got, want) if "products" not in name else {}
         if any(not error < TOLERANCE for error in errors.values()):
             raise SystemExit(f"{name} computes something else: relative errors {errors}")
+        if problem.op == "vmf_rsample" and "samples" in got:
+            missed = moment_error(got["samples"], problem.image, problem.k)
+            if not missed < STANDARD_ERRORS:
+                raise SystemExit(f"{name} draws another law: {missed:.1f} standard errors off")
         del got
         rows.append(
             {

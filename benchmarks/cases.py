@@ -4,7 +4,6 @@ A case is a function without arguments that does one whole step, forward and bac
 named results; all cases of an op must return the same numbers, which is checked before timing.
 """
 
-import importlib.util
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import nivmf_fast
+from benchmarks.samplers import SAMPLERS, scipy_loop
 from nivmf_fast import reference
 
 Step = Callable[[], dict[str, Tensor]]
@@ -91,15 +91,27 @@ def _eager(problem: Problem) -> Callable[..., Tensor]:
 
 
 def _per_image(problem: Problem) -> Callable[..., Tensor]:
-    """As the research code goes about it: one image after the other, each against all proxies."""
+    """As the research code goes about it: one image after the other, [N, P, D] numbers for each."""
+
+    def log_density(x: Tensor, loc: Tensor, kappa: Tensor) -> Tensor:  # [N, D] -> [N, P]
+        k_mu = kappa * loc
+        length = k_mu.norm(dim=-1)
+        g = nivmf_fast.vmf_log_normalizer(length, loc.shape[-1], constants=False)
+        k_x = x[:, None] * kappa
+        x_length = k_x.norm(dim=-1)
+        # centred, or float32 would hold no digit of the differences at a small temperature
+        log_volume = torch.log(kappa / x_length.detach().mean()).sum(-1)
+        shrink = loc.shape[-1] * torch.log(x_length / x_length.detach().mean())
+        return g + (k_x * k_mu).sum(-1) / x_length + log_volume - shrink
 
     def forward(x: Tensor, loc: Tensor, kappa: Tensor, T: Tensor) -> Tensor:
-        if problem.op == "log_ppk":
-            rows = [reference.log_ppk(one, loc, kappa, T, constants=False) for one in x.split(1, 1)]
-        else:
-            pairs = zip(x.split(1, 1), problem.labels.split(1), strict=True)
-            rows = [reference.proxy_nca(one, loc, kappa, label, T) for one, label in pairs]
-        return torch.cat(rows)
+        rows = []
+        for i in range(x.shape[1]):
+            s = torch.logsumexp(log_density(x[:, i], loc, kappa) / T, 0) - math.log(len(x))
+            if problem.op == "proxy_nca":
+                s = torch.logsumexp(s, 0) - s[problem.labels[i]]
+            rows.append(s)
+        return torch.stack(rows)
 
     return forward
 
@@ -213,30 +225,12 @@ def _sampler_cases(problem: Problem) -> Iterator[tuple[str, Callable[[], Step]]]
         lambda: lambda: {"samples": nivmf_fast.vmf_rsample(loc, k, N, seed=seed)},
     )
     yield (
-        "vectorised PyTorch, forward only",
-        lambda: lambda: {"samples": reference.vmf_rsample(loc, k, N, seed).samples},
-    )
-    yield "per-image loop, forward only", lambda: lambda: {
-        "samples": torch.cat(
-            [reference.vmf_rsample(loc[i : i + 1], k[i : i + 1], N, seed, i).samples
-             for i in range(B)], 1
-        )
-    }  # fmt: skip
-    yield (
         "torch.randn of the same shape",
-        lambda: lambda: {"other": torch.randn(N, B, D, device=problem.device)},
+        lambda: lambda: {"floor": torch.randn(N, B, D, device=problem.device)},
     )
-    if importlib.util.find_spec("scipy") and problem.device == "cpu":
-        from scipy.stats import vonmises_fisher
-
-        laws = [vonmises_fisher(m.double().numpy() / math.sqrt(float(m.double() @ m.double())), 60)
-                for m in loc]  # fmt: skip
-        yield (
-            "scipy, one image at a time",
-            lambda: (
-                lambda: {"other": torch.stack([torch.from_numpy(law.rvs(N)) for law in laws], 1)}
-            ),
-        )
+    for name, draw in SAMPLERS.items():
+        if problem.device == "cpu" or draw is not scipy_loop:
+            yield name, lambda draw=draw: lambda: {"samples": draw(loc, k, N)}
 
 
 def _backends(problem: Problem) -> list[str]:
@@ -265,3 +259,12 @@ def truth(problem: Problem) -> dict[str, Tensor] | None:
         return None
     double: Any = problem.double()
     return _step(double, _eager(double))()
+
+
+def tangential(results: dict[str, Tensor] | None, problem: Problem) -> dict[str, Tensor] | None:
+    """Results with the samples' gradient along the sphere: across it, each form has its own."""
+    if results is None or problem.op == "vmf_rsample" or "samples" not in results:
+        return results
+    grad = results["samples"]
+    x = problem.inputs[0].detach().to(grad)
+    return results | {"samples": grad - (grad * x).sum(-1, keepdim=True) * x}
