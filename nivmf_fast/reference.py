@@ -124,24 +124,24 @@ def vmf_rsample(
     one_minus_w, s = torch.zeros_like(k), torch.zeros_like(k)
     lost = (5e-3 if D > 2 else 1e-5) * torch.hypot(g, chi2.sqrt())  # D = 2: but its sign is safe
     margin = torch.where(chi2.sqrt() < lost, 0.0, math.inf).to(dtype)
-    todo = stream.index
+    pending = stream.index
     for attempt in range(1, MAX_ATTEMPTS + 1):
-        if todo.numel() == 0:
+        if pending.numel() == 0:
             break
-        word = stream.words(todo, 0, attempt)
+        word = stream.words(pending, 0, attempt)
         if attempt > 1:
             g = stream.normal_pair(word[1], word[2])[0].to(dtype)
             boost = stream.uniform(word[3]).to(dtype)
-            chi2 = _chi_square(m, stream, todo, attempt, boost, margin)
+            chi2 = _chi_square(m, stream, pending, attempt, boost, margin)
         chi, r = chi2.sqrt(), torch.sqrt(g * g + chi2)
         q = torch.where(g >= 0, (r + g) / chi, chi / (r - g))  # exp(asinh(g / chi))
-        odds = b[todo] * q * q  # tan^2 of half the angle to loc
-        one_minus_w[todo] = 2 * odds / (1 + odds)
-        s[todo] = 2 * b[todo].sqrt() * q / (1 + odds)
-        y = 0.5 * one_minus_b[todo] * (1 - q * q) / (1 + odds)
+        odds = b[pending] * q * q  # tan^2 of half the angle to loc
+        one_minus_w[pending] = 2 * odds / (1 + odds)
+        s[pending] = 2 * b[pending].sqrt() * q / (1 + odds)
+        y = 0.5 * one_minus_b[pending] * (1 - q * q) / (1 + odds)
         gap = m * _log1p_excess(y) - torch.log(stream.uniform(word[0])).to(dtype)
-        margin[todo] = torch.minimum(margin[todo], gap.abs())
-        todo = todo[gap < 0]
+        margin[pending] = torch.minimum(margin[pending], gap.abs())
+        pending = pending[gap < 0]
     x = (1 - one_minus_w)[:, None] * center + s[:, None] * direction
     x = torch.where(valid[rows][:, None], x, math.nan)
     one_minus_w = torch.where(valid[rows], one_minus_w, math.nan)
@@ -161,18 +161,18 @@ def _chi_square(
     alpha = m / 2 if m > 1 else 1.5
     d = alpha - 1 / 3
     value = torch.zeros_like(boost)
-    todo = torch.arange(len(at), device=at.device)
+    pending = torch.arange(len(at), device=at.device)
     for round_ in range(1, MAX_ATTEMPTS + 1):
-        if todo.numel() == 0:
+        if pending.numel() == 0:
             break
-        word = stream.words(at[todo], round_, attempt)
+        word = stream.words(at[pending], round_, attempt)
         z = stream.normal_pair(word[0], word[1])[0].to(boost.dtype)
         v = (1 + z / math.sqrt(9 * d)) ** 3
-        value[todo] = 2 * d * v
+        value[pending] = 2 * d * v
         log_v = torch.log(v.clamp(min=1e-30))
         gap = z * z / 2 + d - d * v + d * log_v - torch.log(stream.uniform(word[2])).to(z.dtype)
-        margin[at[todo]] = torch.minimum(margin[at[todo]], gap.abs())
-        todo = todo[(v <= 0) | (gap < 0)]
+        margin[at[pending]] = torch.minimum(margin[at[pending]], gap.abs())
+        pending = pending[(v <= 0) | (gap < 0)]
     return value.clamp(min=1e-30) * (boost**2 if m == 1 else 1)
 
 
