@@ -182,7 +182,7 @@ def log_ppk(
         >>> log_ppk(x, torch.eye(3), torch.full((3, 3), 5.0)).argmax(1)
         tensor([0, 1, 2])
     """
-    _check_options(normalizer, precision, workspace)
+    check_options(normalizer, precision, workspace)
     _check_proxies(samples, loc, concentration, validate)
     temperature = _temperature(temperature, samples, validate)
     samples, loc, concentration, temperature = _computable(samples, loc, concentration, temperature)
@@ -242,7 +242,7 @@ def proxy_nca(
         >>> bool((loss < 0.1).all())
         True
     """
-    _check_options(normalizer, precision, workspace)
+    check_options(normalizer, precision, workspace)
     _check_proxies(samples, loc, concentration, validate)
     check_labels(labels, samples.shape[1], len(loc), validate)
     _check_same_device(samples=samples, labels=labels)
@@ -384,7 +384,7 @@ def check_all(name: str, tensor: Tensor, ok: Tensor, allowed: str) -> None:
     raise ValueError(f"{name} must be {allowed}; got {tensor[tuple(index)].tolist()} at {index}")
 
 
-def _check_options(normalizer: str, precision: str, workspace: int | None) -> None:
+def check_options(normalizer: str, precision: str, workspace: int | None) -> None:
     if normalizer not in ("exact", "released"):
         raise ValueError(f"normalizer must be 'exact' or 'released'; got {normalizer!r}")
     if precision not in ("float32", "fast"):

@@ -24,6 +24,7 @@ from nivmf_fast.functional import (
     Precision,
     check_all,
     check_labels,
+    check_options,
     checks_values,
     log_ppk,
     proxy_nca,
@@ -260,10 +261,7 @@ class _NonIsotropicLoss(ProxyLoss):
             "workspace": workspace,
             "backend": backend,
         }
-        if normalizer not in ("exact", "released"):
-            raise ValueError(f"normalizer must be 'exact' or 'released'; got {normalizer!r}")
-        if precision not in ("float32", "fast"):
-            raise ValueError(f"precision must be 'float32' or 'fast'; got {precision!r}")
+        check_options(normalizer, precision, workspace)
 
     def _samples(self, loc: Tensor, norm: Tensor, seed: int | Tensor | None, offset: int) -> Tensor:
         return loc[None]

@@ -393,6 +393,30 @@ def test_the_graph_compiles_whole(backend: str) -> None:
         torch.testing.assert_close(eager, whole, rtol=1e-6, atol=1e-7)
 
 
+def test_a_cuda_graph_draws_what_its_seed_tensor_says(backend: str) -> None:
+    if backend not in ("cuda", "triton"):
+        pytest.skip("a matter of GPU backends")
+    loc, k = unit(9, 33).cuda().requires_grad_(), torch.full((9,), 20.0, device="cuda")
+    k.requires_grad_()
+    seed = torch.zeros((), dtype=torch.int64, device="cuda")
+
+    def step() -> tuple[torch.Tensor, ...]:
+        x = nivmf_fast.vmf_rsample(loc, k, 4, seed=seed, backend=backend)
+        return (x.detach(), *torch.autograd.grad(x.square()[..., 0].sum(), (loc, k)))
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for value in (5, 6):
+        seed.fill_(value)
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(captured, step(), strict=True))
+
+
 def test_importing_the_library_takes_no_gpu_memory() -> None:
     code = "import nivmf_fast, torch; raise SystemExit(torch.cuda.is_initialized())"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

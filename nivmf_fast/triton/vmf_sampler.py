@@ -134,8 +134,8 @@ def _propose(g, chi2, word, b, one_minus_b, m: tl.constexpr):
 
 
 @triton.jit
-def _chi_square(todo, attempt, boost, sample, image, key0, key1, m: tl.constexpr):
-    """chi^2 with m degrees of freedom where todo (Marsaglia & Tsang, 2000).
+def _chi_square(pending, attempt, boost, sample, image, key0, key1, m: tl.constexpr):
+    """chi^2 with m degrees of freedom where pending (Marsaglia & Tsang, 2000).
 
     With v = (1 + t)^3 their test log u <= z^2/2 + d - d v + d log v is
     log u <= 3 d (log(1 + t) - t + t^2/2 - t^3/3): written so, nothing cancels at large m.
@@ -145,15 +145,15 @@ def _chi_square(todo, attempt, boost, sample, image, key0, key1, m: tl.constexpr
     c: tl.constexpr = 1 / (9 * d) ** 0.5
     chi2 = tl.zeros_like(boost)
     round_ = 1
-    while (tl.max(todo.to(tl.int32), 0) > 0) & (round_ <= 64):
+    while (tl.max(pending.to(tl.int32), 0) > 0) & (round_ <= 64):
         word = _philox(round_, sample, image, attempt, key0, key1)
         z = _normal_pair(word[0], word[1], boost.dtype)[0]
         t = c * z
         log_u = tl.log(_uniform(word[2], boost.dtype))
         log_ratio = 3 * d * _log1p_tail(tl.where(t > -1, t, 0.0), 4)
         accepted = (t > -1) & (log_u <= log_ratio)
-        chi2 = tl.where(todo, 2 * d * (1 + t) * (1 + t) * (1 + t), chi2)
-        todo = todo & (accepted == 0)
+        chi2 = tl.where(pending, 2 * d * (1 + t) * (1 + t) * (1 + t), chi2)
+        pending = pending & (accepted == 0)
         round_ += 1
     chi2 = tl.maximum(chi2, 1e-30)
     return chi2 * boost * boost if m == 1 else chi2
@@ -166,17 +166,17 @@ def _draw_radial(g, chi2, k, valid, sample, image, key0, key1, D: tl.constexpr):
     b, one_minus_b = _envelope(k, m)
     first = _philox(0, sample, image, 1, key0, key1)
     one_minus_w, s, accepted = _propose(g, chi2, first[0], b, one_minus_b, m)
-    todo = valid & (accepted == 0)
+    pending = valid & (accepted == 0)
     attempt = 2
-    while (tl.max(todo.to(tl.int32), 0) > 0) & (attempt <= 64):
+    while (tl.max(pending.to(tl.int32), 0) > 0) & (attempt <= 64):
         word = _philox(0, sample, image, attempt, key0, key1)
         g = _normal_pair(word[1], word[2], k.dtype)[0]
         boost = _uniform(word[3], k.dtype)
-        chi2 = _chi_square(todo, attempt, boost, sample, image, key0, key1, m)
+        chi2 = _chi_square(pending, attempt, boost, sample, image, key0, key1, m)
         new_one_minus_w, new_s, accepted = _propose(g, chi2, word[0], b, one_minus_b, m)
-        one_minus_w = tl.where(todo, new_one_minus_w, one_minus_w)
-        s = tl.where(todo, new_s, s)
-        todo = todo & (accepted == 0)
+        one_minus_w = tl.where(pending, new_one_minus_w, one_minus_w)
+        s = tl.where(pending, new_s, s)
+        pending = pending & (accepted == 0)
         attempt += 1
     return one_minus_w, s
 
