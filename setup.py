@@ -193,7 +193,8 @@ class BuildKernels(build_ext):
         target = (OLDEST_TORCH[0] << 56) | (OLDEST_TORCH[1] << 48)
         ext.define_macros.append(("TORCH_TARGET_VERSION", f"{target:#x}"))
         ext.extra_compile_args += ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden"]
-        ext.extra_compile_args.append("-fno-math-errno")  # else no loop with a sqrt is vectorised
+        # else no loop with a square root or with a selection is vectorised
+        ext.extra_compile_args += ["-fno-math-errno", "-fno-trapping-math"]
         if sys.platform == "linux":  # a kernel that is missing fails here and not when loaded
             ext.extra_link_args.append("-Wl,--no-undefined")
 

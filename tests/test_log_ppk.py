@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from conftest import device_of, golden
+from conftest import SPLIT, device_of, golden
 from torch import Tensor
 
 import nivmf_fast
@@ -107,20 +107,34 @@ CASES = [  # N, B, P, D, T, |K mu|, spread
 ]
 
 
+def rounding(dtype: torch.dtype, name: str, D: int, k_mu: float) -> float:
+    """What may come on top of twice the error of eager code, which is now and then tiny by luck.
+
+    float32: 8 ulp, for the cases of two or three dimensions (5 are needed at D = 2, else 1). In
+    float64 the truth is rounded as well, and every bias is a sum of D logarithms and about |K mu|
+    before it is centred: 4 ulp of that (1.7 are needed). The temperature's gradient is one number,
+    which cancels over all pairs and images: 64 ulp (12 needed), and 160 of the sum (145 needed).
+    """
+    single, number = dtype == torch.float32, name == "temperature"
+    ulps = (64 if number else 8) if single else (160 if number else 4) * (D + k_mu)
+    return ulps * torch.finfo(dtype).eps
+
+
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(map(str, c)))
 def test_values_and_gradients_are_twice_as_good_as_eager_code_or_better(backend, case, options):
     batch = make_batch(*case)
-    if case[2] > 1:
+    _, _, P, D, T, k_mu, _ = case
+    if P > 1:
         assert losses(batch.to(torch.float64), "reference", **options).mean() > 0.1
     for function in (losses, kernels):
         want = outcome(function, batch.to(torch.float64), backend="reference", **options)
-        for dtype, floor in ((torch.float32, 2e-6), (torch.float64, 2e-12)):
+        for dtype in (torch.float32, torch.float64):
             given = batch.to(dtype)
             got = outcome(function, given.on(device_of(backend)), backend=backend, **options)
             allowed = dict.fromkeys(want, 0.0)
             for seed in range(4):  # eager code with its sums in four orders: its error is luck too
-                order = torch.randperm(case[3], generator=torch.Generator().manual_seed(seed))
+                order = torch.randperm(D, generator=torch.Generator().manual_seed(seed))
                 turned = Batch(*(t[..., order] for t in given[:3]), *given[3:])
                 plain = outcome(eager, turned, function=function.__name__, **options)
                 for name in want:
@@ -129,13 +143,15 @@ def test_values_and_gradients_are_twice_as_good_as_eager_code_or_better(backend,
                         value = value[..., order.argsort()]
                     allowed[name] = max(allowed[name], 2 * relative(value, want[name]))
             for name in want:
-                if case[2] == 1 and function is losses:  # one class: loss and gradients are 0
-                    scale = 1e-5 / case[4] if dtype == torch.float32 else 1e-11
-                    assert got[name].abs().max() <= scale, (name, dtype)
+                if P == 1 and function is losses:  # one class: loss and gradients are 0
+                    logit = torch.finfo(dtype).eps * k_mu / T  # an ulp of a score, over T
+                    assert got[name].abs().max() <= 2 * logit, (name, dtype)
                     continue
                 error = relative(got[name], want[name])
-                luck = 5 if name == "temperature" else 1  # of a single number
-                assert error <= max(allowed[name], luck * floor), (name, dtype, error)
+                floor = rounding(dtype, name, D, k_mu)
+                if backend == "triton" and dtype == torch.float32 and name != "value":
+                    floor += SPLIT
+                assert error <= allowed[name] + floor, (name, dtype, error)
 
 
 @pytest.mark.parametrize(("spread", "bound"), [(0.05, 2e-3), (0.3, 2e-2)])
@@ -352,7 +368,7 @@ def test_ranges_of_proxies_combine_to_the_whole(backend, T):
     d_samples, d_loc, d_kappa, d_temperature = zip(*parts, strict=True)
     found = sum(d_samples), torch.cat(d_loc), torch.cat(d_kappa), sum(d_temperature)
     for part, all_at_once in zip(found, whole, strict=True):
-        assert relative(part, all_at_once) <= (1e-6 if T == 1 else 3e-5)
+        assert relative(part, all_at_once) <= 1e-6
 
 
 def test_bad_values_raise_or_give_nan_for_their_image_only(backend):
