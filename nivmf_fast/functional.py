@@ -5,7 +5,8 @@ or float64 tensors of any strides; half-precision inputs are computed in, and gi
 """
 
 import math
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 from torch import Generator, Tensor
@@ -268,6 +269,65 @@ def proxy_nca(
     return losses
 
 
+class _ShardedProxyNCA(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        *tensors, combine, ctx.options = inputs
+        _, partial, saved = torch.ops.nivmf_fast.proxy_nca(*tensors, *ctx.options)
+        combined = combine(partial)
+        ctx.save_for_backward(*tensors, combined, saved)
+        return reference.loss_of_partial(combined, tensors[-1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        *into, d_temperature = torch.ops.nivmf_fast.proxy_nca_backward(
+            grad.contiguous(), *ctx.saved_tensors, *ctx.options
+        )
+        return (*into, None, d_temperature, None, None)
+
+
+def proxy_nca_shard(
+    samples: Tensor,
+    loc: Tensor,
+    concentration: Tensor,
+    labels: Tensor,
+    temperature: Tensor,
+    *,
+    combine: Callable[[Tensor], Tensor],
+    normalizer: Normalizer = "exact",
+    projection: bool = True,
+    precision: Precision = "float32",
+    workspace: int | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """`proxy_nca` over all proxies, of which only a contiguous range is here.
+
+    Args:
+        loc, concentration: [P, D], of the range.
+        labels: [B], counted from the range's first proxy; out of range for proxies elsewhere.
+        combine: makes the float64 [4, B] of all ranges (each image's maximum and log sum over
+            the proxies, then over its own proxy, -inf and 0 if that is elsewhere) from that of
+            this one, as `combine_partials` does from the list of them.
+        The rest: as in `proxy_nca`.
+
+    Returns:
+        [B], the losses over all ranges. Their gradients in samples and temperature are this
+        range's terms: the sum over the ranges is the whole.
+    """
+    check_options(normalizer, precision, workspace)
+    _check_proxies(samples, loc, concentration, False)
+    temperature = _temperature(temperature, samples, False)
+    samples, loc, concentration, temperature = _computable(samples, loc, concentration, temperature)
+    exact, fast = normalizer == "exact", precision == "fast"
+    tensors = [t.contiguous() for t in (samples, loc, concentration, labels, temperature)]
+    options = (exact, projection, fast, _workspace(workspace, samples), backend)
+    losses: Tensor = _ShardedProxyNCA.apply(*tensors, combine, options)
+    return losses
+
+
+combine_partials, loss_of_partial = reference.combine_partials, reference.loss_of_partial
+
+
 def vmf_log_ppk(
     loc1: Tensor,
     concentration1: Tensor,
@@ -423,12 +483,12 @@ def _check_proxies(
             check_all("concentration", concentration, positive, "positive and finite")
 
 
-def _all_between(tensor: Tensor, low: float) -> bool:
-    """low < all < infinity and no NaN, without temporaries of the tensor's size."""
+def _all_between(tensor: Tensor, low: float, high: float = math.inf) -> bool:
+    """low < all < high and no NaN, without temporaries of the tensor's size."""
     if tensor.numel() == 0:
         return True
     least, most = torch.aminmax(tensor.detach())
-    return bool((least > low) & (most < math.inf))
+    return low < least.item() and most.item() < high
 
 
 def check_labels(labels: Tensor, B: int, P: int, validate: bool | None) -> None:
@@ -437,7 +497,7 @@ def check_labels(labels: Tensor, B: int, P: int, validate: bool | None) -> None:
         raise TypeError(f"labels must be a torch.int64 tensor; got {got}")
     if tuple(labels.shape) != (B,):
         raise ValueError(f"labels must have shape [B] = [{B}]; got {list(labels.shape)}")
-    if checks_values(validate, labels):
+    if checks_values(validate, labels) and not _all_between(labels, -1, P):
         check_all("labels", labels, (labels >= 0) & (labels < P), f"in 0 .. {P - 1}")
 
 
@@ -445,7 +505,7 @@ def _temperature(temperature: float | Tensor, like: Tensor, validate: bool | Non
     if isinstance(temperature, Tensor):
         _check_shape("temperature", temperature, "[] (0-d)", 0)
         _check_same_device(samples=like, temperature=temperature)
-        if checks_values(validate, temperature):
+        if checks_values(validate, temperature) and not _all_between(temperature, 0):
             positive = (temperature > 0) & temperature.isfinite()
             check_all("temperature", temperature, positive, "positive and finite")
         return temperature

@@ -86,16 +86,197 @@ def test_similarities_are_those_of_the_paper(name: str) -> None:
     assert difference.abs().max() < tolerance
 
 
+def test_similarities_are_relative_to_the_uniform_distribution(name: str) -> None:
+    """In absolute terms, with which a binomial deviance compares its margins."""
+    loss, (e, _) = make(name), batch()
+    mu, k, T = torch.nn.functional.normalize(e, dim=-1), e.norm(dim=-1), loss.temperature.detach()
+    loc = loss.directions.detach()
+    kappa = None if loss.concentration is None else loss.concentration.detach()
+    uniform = nivmf_fast.HypersphericalUniform(D, dtype=torch.float64).log_prob(mu[0])
+    if name == "el-nivmf":
+        x = nivmf_fast.vmf_rsample(mu, k, 8, seed=5)
+        log_p = NonIsotropicVonMisesFisher(loc, kappa).log_prob(x[:, :, None]) - uniform
+        expected = torch.logsumexp(log_p / T, 0) - math.log(8)
+    elif name == "nivmf":
+        density = NonIsotropicVonMisesFisher(loc, kappa).log_prob(mu[:, None])
+        expected = (density - uniform) / T
+    elif name in ("el-vmf", "b-vmf"):
+        ppk = nivmf_fast.vmf_log_ppk(mu, k, loc, kappa, loss.rho)
+        # of v / u in place of v, integrated under the uniform distribution u
+        expected = (ppk + (1 - 2 * loss.rho) * uniform) / T
+    elif name == "kl-vmf":
+        expected = -nivmf_fast.vmf_kl(mu, k, loc, kappa) / T
+    elif name == "l2":
+        expected = -torch.cdist(e, kappa[:, None] * loc).square() / T
+    else:
+        expected = mu @ loc.T / T
+    torch.testing.assert_close(loss.similarity(e, seed=5).detach(), expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("options", [{"normalizer": "released"}, {"temperature_outside": True}])
+def test_similarities_move_with_the_concentrations(options: dict[str, object]) -> None:
+    """Halving all of them changes s_ij as it changes the library's densities."""
+    e, _ = batch()
+    values = []
+    for factor in (1.0, 0.5):
+        loss = make("el-nivmf", **options)
+        with torch.no_grad():
+            loss.concentration.mul_(factor)
+        loc, k = torch.nn.functional.normalize(e, dim=-1), e.norm(dim=-1)
+        x = nivmf_fast.vmf_rsample(loc, k, 8, seed=5)
+        proxies = loss.directions, loss.concentrations, loss.temperature
+        values.append(loss.similarity(e, seed=5) - nivmf_fast.log_ppk(x, *proxies, **options))
+    torch.testing.assert_close(values[0], values[1], rtol=0, atol=1e-9)
+    torch.testing.assert_close(values[0], values[0][:1, :1].expand(B, P), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["el-nivmf", "nivmf", "el-vmf"])
+def test_logits_keep_their_digits_in_float32(name: str) -> None:
+    """With the constant of the density they would be near 289,000, where float32 has steps of
+    0.03."""
+    D = 512
+    torch.manual_seed(0)
+    loss = {
+        "el-nivmf": lambda: ELNivMFLoss(P, D, n_samples=4, temperature=0.003),
+        "nivmf": lambda: NivMFLoss(P, D, temperature=0.003),
+        "el-vmf": lambda: VMFProductKernelLoss(P, D, temperature=0.003),
+    }[name]()
+    e = torch.nn.functional.normalize(torch.randn(B, D), dim=-1) * 5
+    single = loss.similarity(e, seed=1).detach().double()
+    double = loss.double().similarity(e.double(), seed=1).detach()
+    assert double.abs().max() > 1
+    assert (single - double).abs().max() < 2e-3
+
+
+AXES = ("images", "classes")
+
+
+def binomial(s: torch.Tensor, y: torch.Tensor, axis: str, a: float, d: float) -> torch.Tensor:
+    """Term by term."""
+    attract, repel = [], []
+    for row, labels in (
+        [(s[:, j], y == j) for j in range(P)]
+        if axis == "images"
+        else [(s[i], torch.arange(P) == y[i]) for i in range(B)]
+    ):
+        if labels.any():
+            attract.append(torch.log(1 + torch.exp(-a * (row[labels] - d)).sum()))
+        repel.append(torch.log(1 + torch.exp(a * (row[~labels] + d)).sum()))
+    return torch.stack(attract).mean() + torch.stack(repel).mean()
+
+
+@pytest.mark.parametrize("axis", AXES)
+def test_bindev_is_a_binomial_deviance_of_the_similarities(name: str, axis: str) -> None:
+    e, y = batch()
+    loss = make(name, form="bindev", bindev_alpha=0.7, bindev_delta=0.4, bindev_axis=axis)
+    expected = binomial(loss.similarity(e, seed=5), y, axis, 0.7, 0.4)
+    torch.testing.assert_close(loss(e, y, seed=5), expected, rtol=1e-10, atol=1e-12)
+    guided = make(name, form="bindev", bindev_axis=axis, guidance_weight=2.0)
+    plain = make(name, form="bindev", bindev_axis=axis)
+    guidance = binomial(
+        torch.nn.functional.normalize(e, dim=-1) @ loss.directions.T, y, "images", 32, 0.1
+    )
+    difference = guided(e, y, seed=5) - plain(e, y, seed=5)
+    torch.testing.assert_close(difference, 2 * guidance, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("axis", AXES)
+def test_bindev_of_extreme_similarities_is_finite(axis: str) -> None:
+    loss, (e, y) = make("l2", form="bindev", bindev_axis=axis, temperature=1e-4).float(), batch()
+    e = e.float().requires_grad_()
+    value = loss(e, y)
+    value.backward()
+    assert value > 1e5 and value.isfinite()
+    assert all(p.grad.isfinite().all() for p in (e, *loss.parameters()))
+
+
+def kept_of(loss: torch.nn.Module, e: torch.Tensor, y: torch.Tensor, seed: int) -> torch.Tensor:
+    """The proxies that a loss looks at: those it has a gradient for."""
+    loss.zero_grad()
+    loss(e, y, seed=seed).backward()
+    return loss.proxies.grad.abs().sum(1).nonzero()[:, 0]
+
+
+@pytest.mark.parametrize("form", ["nca", "bindev"])
+def test_a_share_of_the_negatives_is_the_loss_on_fewer_proxies(name: str, form: str) -> None:
+    e, _ = batch()
+    y = torch.tensor([5, 5, 5, 5, 1, 1, 1, 1, 1, 5])  # two classes, and five others
+    loss = make(name, form=form, negative_share=0.4)
+    kept = kept_of(loss, e, y, seed=3)
+    assert len(kept) == 4 and {1, 5} <= set(kept.tolist())
+    s = loss.similarity(e, seed=3)[:, kept]
+    own = (y[:, None] == kept).int().argmax(1)
+    if form == "nca":
+        expected = torch.nn.functional.cross_entropy(s, own)
+    else:
+        expected = nivmf_fast.losses.binomial_deviance(s, own, 1.0, 0.0, "images")
+    torch.testing.assert_close(loss(e, y, seed=3), expected, rtol=1e-10, atol=1e-12)
+
+
+def test_the_seed_draws_the_negatives() -> None:
+    loss, (e, _) = make("cos", negative_share=0.4), batch()
+    y = torch.tensor([5, 5, 5, 5, 1, 1, 1, 1, 1, 5])
+    drawn = [tuple(kept_of(loss, e, y, seed).tolist()) for seed in range(60)]
+    assert drawn == [tuple(kept_of(loss, e, y, seed).tolist()) for seed in range(60)]
+    assert drawn[7] == tuple(kept_of(loss, e, y, torch.tensor(7)).tolist())
+    counts = torch.tensor([sum(j in kept for kept in drawn) for j in (0, 2, 3, 4, 6)])
+    assert counts.sum() == 120  # two of five, each about as often as another
+    assert counts.min() > 10 and counts.max() < 38
+    torch.manual_seed(0)
+    first = loss(e, y).item()
+    torch.manual_seed(0)
+    assert loss(e, y).item() == first
+
+
+def test_a_small_share_keeps_a_negative_and_a_full_batch_has_none() -> None:
+    e, _ = batch()
+    loss = make("cos", negative_share=0.01)
+    assert len(kept_of(loss, e, torch.tensor([0, 1, 2, 3, 4, 4, 3, 2, 1, 0]), seed=0)) == 6
+    y = torch.tensor([0, 1, 2, 3, 4, 5, 6, 0, 1, 2])
+    torch.testing.assert_close(loss(e, y, seed=0), make("cos")(e, y))
+
+
+@pytest.mark.parametrize(
+    ("options", "decomposes"),
+    [
+        ({}, True),
+        ({"form": "bindev", "bindev_axis": "classes"}, True),
+        ({"form": "bindev", "bindev_axis": "images"}, False),
+        ({"guidance_weight": 0.5}, False),
+        ({"negative_share": 0.5}, False),
+    ],
+)
+def test_a_loss_that_decomposes_is_the_mean_of_its_parts(
+    name: str, options: dict[str, object], decomposes: bool
+) -> None:
+    loss, (e, y) = make(name, **options), batch()
+    assert loss.decomposes is decomposes
+    whole = loss(e, y, seed=9)
+    slices = ((0, 4), (4, B))
+    parts = [(j - i) * loss(e[i:j], y[i:j], seed=9, image_offset=i) for i, j in slices]
+    assert torch.isclose(whole, sum(parts) / B, rtol=1e-9) == decomposes
+
+
 def test_the_loss_is_the_mean_cross_entropy_of_the_similarities(name: str) -> None:
     loss, (e, y) = make(name), batch()
     expected = torch.nn.functional.cross_entropy(loss.similarity(e, seed=5), y)
     torch.testing.assert_close(loss(e, y, seed=5), expected, rtol=1e-10, atol=1e-12)
 
 
-def test_every_gradient_is_right(name: str) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"guidance_weight": 0.3},
+        {"form": "bindev", "bindev_axis": "images", "bindev_delta": 0.2},
+        {"form": "bindev", "bindev_axis": "classes", "bindev_alpha": 0.5},
+        {"negative_share": 0.5},
+    ],
+    ids=["nca", "bindev-images", "bindev-classes", "negative-share"],
+)
+def test_every_gradient_is_right(name: str, options: dict[str, object]) -> None:
     """Against finite differences; EL-nivMF through its proxies alone (its samples' gradients are
     estimates, tested with the sampler)."""
-    loss, (e, y) = make(name, guidance_weight=0.3), batch()
+    loss, (e, y) = make(name, **options), batch()
     if name != "el-nivmf":
         e.requires_grad_()
 
@@ -145,8 +326,9 @@ def test_half_embeddings_under_autocast_are_computed_in_float32(name: str) -> No
     torch.testing.assert_close(mixed, plain, rtol=1e-6, atol=1e-6)
 
 
-def test_an_empty_batch_gives_zero(name: str) -> None:
-    loss = make(name, guidance_weight=0.0)
+@pytest.mark.parametrize("form", ["nca", "bindev"])
+def test_an_empty_batch_gives_zero(name: str, form: str) -> None:
+    loss = make(name, guidance_weight=0.0, form=form)
     e = torch.zeros(0, D, dtype=torch.float64, requires_grad=True)
     value = loss(e, torch.zeros(0, dtype=torch.int64), seed=0)
     value.backward()
@@ -281,6 +463,11 @@ def test_wrong_batches_are_named(name: str) -> None:
         ({"temperature": 0.0}, "temperature must be positive"),
         ({"concentration": -1.0}, "concentration must be positive"),
         ({"guidance_weight": -1.0}, "guidance_weight must be >= 0"),
+        ({"form": "softmax"}, "form must be 'nca' or 'bindev'; got 'softmax'"),
+        ({"bindev_axis": "proxies"}, "bindev_axis must be 'images' or 'classes'; got 'proxies'"),
+        ({"bindev_alpha": 0.0}, "bindev_alpha must be positive and finite; got 0.0"),
+        ({"bindev_delta": math.inf}, "bindev_delta must be finite; got inf"),
+        ({"negative_share": 0.0}, "negative_share must be above 0 and at most 1; got 0.0"),
         ({"normalizer": "exactly"}, "normalizer must be 'exact' or 'released'; got 'exactly'"),
         ({"precision": "tf32"}, "precision must be 'float32' or 'fast'; got 'tf32'"),
         ({"n_samples": 0}, "n_samples must be an int, at least 1; got 0"),
