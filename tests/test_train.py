@@ -5,6 +5,7 @@ import errno
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,13 +19,13 @@ from PIL import Image
 from train import config as train_config
 from train import evaluate, loop, report, run_folder
 from train.__main__ import main
-from train.config import Config, RunError, parse
-from train.model import LOSS_OPS
+from train.config import INHERITED_LOSSES, PAPER_LOSSES, Config, RunError, parse
 from train.presets import PRESETS
 
 ROOT = Path(__file__).parents[1]
 FILES = {
-    *("config.json", "metrics.csv", "checkpoint_last.pt", "checkpoint_best.pt"),
+    *("config.json", "metrics.csv"),
+    *("checkpoint_last.pt", "checkpoint_previous.pt", "checkpoint_best.pt"),
     *("embeddings_test.npz", "report.html"),
     *("curves.png", "gallery.png", "certainty.png", "norm.png"),
 }
@@ -65,13 +66,14 @@ def rows(out: Path) -> list[dict[str, float]]:
     """metrics.csv without the seconds."""
     with (out / "metrics.csv").open() as file:
         return [
-            {name: float(value) for name, value in row.items() if "seconds" not in name}
+            {name: float(value or "nan") for name, value in row.items() if "seconds" not in name}
             for row in csv.DictReader(file)
         ]
 
 
 def contents(out: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in out.iterdir()}
+    """The files of a run folder, but for what is written for TensorBoard."""
+    return {path.name: path.read_bytes() for path in out.iterdir() if path.name != "tensorboard"}
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +98,8 @@ def uninterrupted(tmp_path_factory, data_root):
 
 def test_a_run_leaves_every_file_and_nothing_else(whole_run):
     assert set(contents(whole_run)) == FILES
+    (events,) = (whole_run / "tensorboard").iterdir()
+    assert b"metrics/c_recall@1" in events.read_bytes()
     for path in whole_run.glob("*.png"):
         with Image.open(path) as image:
             image.load()
@@ -152,7 +156,9 @@ def test_checkpoints_are_of_the_last_and_of_the_best_epoch(whole_run):
     recalls = [row["c_recall@1"] for row in rows(whole_run)]
     assert last["epoch"] == 5
     assert best["epoch"] == recalls.index(max(recalls)) + 1
-    needed = {"model", "loss", "optimiser", "schedule", "random", "torch_random", "epoch"}
+    previous = torch.load(whole_run / "checkpoint_previous.pt", weights_only=True)
+    assert (previous["epoch"], previous["step"]) == (4, 0)
+    needed = {"model", "loss", "optimiser", "schedule", "scaler", "torch_random", "epoch", "step"}
     assert needed <= set(last)
 
 
@@ -180,11 +186,76 @@ def test_the_same_seed_gives_the_same_metrics_and_another_seed_others(
     assert rows(tmp_path / "other")[0]["loss"] != rows(uninterrupted)[0]["loss"]
 
 
-@pytest.mark.parametrize("name", LOSS_OPS)
+@pytest.mark.parametrize("name", PAPER_LOSSES + INHERITED_LOSSES)
 def test_every_loss_trains(name, tiny, tmp_path, no_report):
-    flags = ("--loss", name, "--epochs", "1", "--limit-batches", "2", "--guidance-weight", "0.1")
+    flags = ["--loss", name, "--epochs", "1", "--limit-batches", "2"]
+    if name in PAPER_LOSSES:
+        flags += ["--guidance-weight", "0.1"]
     assert tiny(tmp_path / "out", *flags) == 0
     assert math.isfinite(rows(tmp_path / "out")[0]["loss"])
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--optimizer", "adamw", "--schedule", "step", "--milestones", "1", "--clip-grad", "1"),
+        ("--optimizer", "sgd", "--embedding-lr", "0.01", "--warmup", "1"),
+        ("--amp", "bfloat16", "--max-norm", "20"),
+        ("--freeze-batchnorm", "--evaluate-every", "2", "--no-clustering"),
+        ("--bindev", "--negative-share", "0.5"),
+        ("--loss", "triplet", "--miner", "semihard", "--normalize-output", "--init-norm", "None"),
+        ("--validation", "class", "--batch-size", "28"),
+        ("--validation", "samples", "--storage-metric", "c_MAP@R"),
+    ],
+    ids=" ".join,
+)
+def test_every_option_of_training_runs(flags, tiny, tmp_path, no_report):
+    out = tmp_path / "out"
+    assert tiny(out, "--epochs", "2", "--limit-batches", "2", *flags) == 0
+    first, last = rows(out)
+    assert math.isfinite(last["loss"])
+    assert math.isfinite(last["c_recall@1"])
+    assert math.isnan(first["c_recall@1"]) == ("--evaluate-every" in flags)
+    assert ("nmi" in last) == ("--no-clustering" not in flags)
+
+
+def test_warmup_trains_the_embedding_layer_alone(tiny, tmp_path, no_report):
+    flags = ("--warmup", "2", "--epochs", "3", "--limit-batches", "2", "--checkpoint-batches", "1")
+    states = []
+    write = run_folder.RunFolder.save
+
+    def spying(folder, state):
+        states.append({k: v.clone() for k, v in state["model"].items()})
+        write(folder, state)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_folder.RunFolder, "save", spying)
+        assert tiny(tmp_path / "out", *flags) == 0
+    assert len(states) == 6
+    weights = [name for name in states[0] if name.endswith("weight")]
+
+    def moved(a, b):
+        return {
+            name.split(".")[0] for name in weights if not states[a][name].equal(states[b][name])
+        }
+
+    assert moved(0, 3) == {"embedding"}
+    assert moved(3, 5) == {"embedding", "backbone"}
+
+
+def test_the_step_schedule_multiplies_by_gamma_after_each_milestone(tiny, tmp_path, no_report):
+    flags = ("--schedule", "step", "--milestones", "1", "3", "--gamma", "0.5", "--lr", "0.008")
+    rates = []
+    save = run_folder.RunFolder.save
+
+    def spying(folder, state):
+        rates.append(state["optimiser"]["param_groups"][0]["lr"])
+        save(folder, state)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_folder.RunFolder, "save", spying)
+        assert tiny(tmp_path / "out", "--epochs", "4", "--limit-batches", "2", *flags) == 0
+    assert rates == [0.004, 0.004, 0.002, 0.002]  # that the next epoch starts with
 
 
 def test_a_resumed_run_ends_as_an_uninterrupted_one(
@@ -193,15 +264,15 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(
     """Stopped in the middle of an epoch, then between the checkpoint and metrics.csv."""
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        draws, rand = [], torch.rand
+        steps, global_loss = [], loop.global_loss
 
-        def interrupting(*args, **kwargs):
-            draws.append(1)
-            if len(draws) == 4:
+        def interrupting(*args):
+            steps.append(1)
+            if len(steps) == 4:
                 raise KeyboardInterrupt
-            return rand(*args, **kwargs)
+            return global_loss(*args)
 
-        patch.setattr(torch, "rand", interrupting)  # which the batches draw from
+        patch.setattr(loop, "global_loss", interrupting)
         assert tiny(out, *SHORT) == 130
     assert torch.load(out / "checkpoint_last.pt", weights_only=True)["epoch"] == 1
     assert "interrupted" in capsys.readouterr().err
@@ -223,9 +294,8 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(
     np.testing.assert_array_equal(resumed["features"], expected["features"])
 
 
-@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL])
-def test_a_killed_process_leaves_a_whole_checkpoint_to_resume_from(
-    end, uninterrupted, tiny, data_root, tmp_path, no_report
+def test_an_interrupted_process_says_how_to_go_on(
+    uninterrupted, tiny, data_root, tmp_path, no_report
 ):
     out = tmp_path / "out"
     command = [sys.executable, "-u", "-m", "train", "--preset", "glyphs-tiny", *SHORT]
@@ -240,15 +310,78 @@ def test_a_killed_process_leaves_a_whole_checkpoint_to_resume_from(
     for line in process.stdout:
         if line.startswith("epoch 1/3"):
             break
-    process.send_signal(end)
+    process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
-    if end == signal.SIGINT:
-        assert process.returncode == 130
-        assert err.count("\n") == 1
-        assert f"--resume --out {out} continues" in err
-        assert set(contents(out)) < FILES
-    assert torch.load(out / "checkpoint_last.pt", weights_only=True)["epoch"] >= 1
+    assert process.returncode == 130
+    assert err.count("\n") == 1
+    assert f"--resume --out {out} continues" in err
+    assert set(contents(out)) < FILES
     assert tiny(out, *SHORT, "--resume") == 0
+    assert rows(out) == rows(uninterrupted)
+
+
+# Kills a run at random moments and starts it again, five times, then lets it end. Processes are
+# forked from one that has imported everything and computed nothing, which saves their start.
+KILLER = """
+import os, random, signal, sys, time
+import torch
+torch.set_num_threads(1)
+from train import loop, report
+from train.__main__ import main
+report.write = lambda folder, *_: folder.write(report.REPORT, b"-")
+
+def start(*flags):
+    child = os.fork()
+    if child == 0:
+        os._exit(main([*arguments, *flags]))
+    return child
+
+random.seed(int(sys.argv[1]))
+whole, killed, arguments = sys.argv[2], sys.argv[3], sys.argv[4:]
+begin = time.monotonic()
+assert os.waitpid(start("--out", whole), 0)[1] == 0
+seconds = time.monotonic() - begin
+for _ in range(5):
+    child = start("--out", killed, "--resume")
+    time.sleep(random.uniform(0, seconds))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+assert os.waitpid(start("--out", killed, "--resume"), 0)[1] == 0
+"""
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_run_killed_five_times_ends_as_one_that_was_not(seed, data_root, tmp_path):
+    flags = ["--preset", "glyphs-tiny", "--epochs", "4", "--checkpoint-batches", "2"]
+    flags += ["--data-root", str(data_root), "--device", "cpu"]
+    done = subprocess.run(
+        [sys.executable, "-c", KILLER, str(seed), tmp_path / "whole", tmp_path / "killed", *flags],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("resuming after epoch") >= 1
+    assert len(rows(tmp_path / "whole")) == 4
+    assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
+    assert set(contents(tmp_path / "killed")) == set(contents(tmp_path / "whole"))
+
+
+def test_a_damaged_last_checkpoint_is_passed_over_for_the_one_before(
+    uninterrupted, tiny, tmp_path, capsys, no_report
+):
+    out = tmp_path / "out"
+    shutil.copytree(uninterrupted, out)
+    (out / "config.json").unlink()
+    (out / report.REPORT).unlink()
+    last = (out / "checkpoint_last.pt").read_bytes()
+    (out / "checkpoint_last.pt").write_bytes(last[: len(last) // 2])
+    assert tiny(out, *SHORT, "--resume") == 0
+    said = capsys.readouterr().out
+    assert "checkpoint_last.pt is not a readable checkpoint" in said
+    assert "resuming after epoch 2 of 3" in said
     assert rows(out) == rows(uninterrupted)
 
 
@@ -284,18 +417,12 @@ def test_flags_override_the_preset():
     assert config.data.glyph_characters == 40
 
 
-def test_presets_are_named_as_they_say_and_possible():
-    for name, preset in PRESETS.items():
-        assert preset.preset == name
-        preset.check()
-
-
 def test_help_explains_every_flag(capsys):
     with pytest.raises(SystemExit) as end:
         main(["--help"])
     assert end.value.code == 0
     said = capsys.readouterr().out
-    flags = list(train_config._by_flag(Config()))
+    flags = list(train_config.by_flag(Config()))
     assert len(flags) > 30
     assert {"--preset", "--epochs", "--out", "--dataset", "--loss"} <= set(flags)
     explained = re.sub(r"[│\s]+", " ", said)
@@ -312,11 +439,16 @@ def test_help_explains_every_flag(capsys):
         (["--epochs"], "--epochs"),
         (["--epochs", "0"], "--epochs is 0, but must be at least 1"),
         (["--lr", "nan"], "--lr is nan, but must be above 0"),
-        (["--loss", "triplet"], "--loss"),
+        (["--loss", "tripplet"], "--loss is 'tripplet' (did you mean triplet"),
+        (["--miner", "semi"], "--miner is 'semi' (did you mean semihard"),
+        (["--miner", "semihard"], "--miner semihard goes with triplet"),
+        (["--backbone", "resnet51"], "resnet51"),
+        (["--seeds", "1", "1"], "--seeds are (1, 1), but must differ"),
+        (["--storage-metric", "speed", "--limit-batches", "1"], "--storage-metric is 'speed'"),
         (["--preset", "cub"], "--preset is 'cub', but must be one of glyphs, glyphs-tiny"),
         (["--batch-size", "7"], "--batch-size is 7, but must be a multiple"),
         (["--batch-size", "4000"], "--batch-size is 4000, but there are 400 training images"),
-        (["--dataset", "cub200"], "cub200/images: it must hold the images as 001.Class"),
+        (["--dataset", "cub200"], "cub200"),
         (["--glyph-characters", "9999"], "9999 glyph characters asked for"),
         (["--device", "abacus"], "--device abacus cannot be used here"),
         (["--backend", "abacus"], "--backend abacus: "),
@@ -399,7 +531,7 @@ def test_a_full_disk_is_one_clear_line_and_leaves_the_last_checkpoint(
     assert err.startswith(f"error: No space left on device: {out}/")
     assert err.count("\n") == 1
     names = {"config.json", "checkpoint_best.pt", "checkpoint_last.pt", "metrics.csv"}
-    assert set(contents(out)) == names
+    assert names <= set(contents(out)) <= names | {"checkpoint_previous.pt"}
     assert tiny(out, *SHORT, "--resume") == 0
     assert rows(out) == rows(uninterrupted)
 
@@ -422,3 +554,45 @@ def test_the_batches_seed_the_loss(monkeypatch, tiny, tmp_path, no_report):
 def test_a_value_no_run_can_have_is_refused_before_anything_is_read():
     with pytest.raises(RunError, match="--limit-batches is 0"):
         parse(["--limit-batches", "0"], PRESETS)
+
+
+class Recorder:
+    """Stands for an online tracker's module: keeps what it is called with."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __getattr__(self, name):
+        def call(*args, **kwargs):
+            self.calls.append((name, args, kwargs))
+            return self
+
+        return call
+
+
+@pytest.mark.parametrize(
+    ("tracker", "module", "verb", "end"),
+    [("wandb", "wandb", "log", "finish"), ("comet", "comet_ml", "log_metrics", "end")],
+)
+def test_a_tracker_gets_the_metrics_of_every_epoch(
+    tracker, module, verb, end, tiny, tmp_path, monkeypatch, no_report
+):
+    recorder = Recorder()
+    monkeypatch.setitem(sys.modules, module, recorder)
+    flags = ("--tracker", tracker, "--project", "birds", "--epochs", "2", "--limit-batches", "1")
+    assert tiny(tmp_path / "out", *flags) == 0
+    assert "birds" in str(recorder.calls[0])
+    assert recorder.calls[-1][0] == end
+    logged = [(args[0], kwargs["step"]) for name, args, kwargs in recorder.calls if name == verb]
+    assert [step for _, step in logged] == [1, 2]
+    for (row, _), stored in zip(logged, rows(tmp_path / "out"), strict=True):
+        assert {name: row[name] for name in stored} == stored
+
+
+def test_a_tracker_that_is_not_installed_is_one_clear_line(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert tiny(tmp_path / "out", "--tracker", "wandb") == 1
+    err = capsys.readouterr().err
+    assert "--tracker wandb needs the package wandb: pip install wandb, or go without" in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "out").exists()

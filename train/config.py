@@ -7,15 +7,34 @@ import io
 import itertools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 import tyro
 
-LossName = Literal["el-nivmf", "el-vmf", "b-vmf", "kl-vmf", "nivmf", "l2", "cos"]
+# Every loss and miner that a run knows by name; train/losses.py makes them.
+PAPER_LOSSES = ("el-nivmf", "el-vmf", "b-vmf", "kl-vmf", "nivmf", "l2", "cos")
+INHERITED_LOSSES = (  # from pytorch-metric-learning
+    *("proxy-anchor", "proxy-nca", "normalized-softmax", "arcface", "soft-triple"),  # with proxies
+    *("triplet", "margin", "contrastive", "multi-similarity", "lifted", "n-pair", "angular", "snr"),
+)
+MINERS = (  # from pytorch-metric-learning
+    *("none", "distance-weighted", "semihard", "hard", "all", "easy-hard", "batch-hard"),
+    *("multi-similarity", "pair-margin", "angular"),
+)
+CHANGEABLE = {  # flags that may differ when a run is resumed
+    *("--out", "--resume", "--device", "--data-root", "--workers"),
+    *("--tensorboard", "--tracker", "--project"),
+}
 T = TypeVar("T")
+
+_LOSS_HELP = (
+    f"Loss: {', '.join(PAPER_LOSSES)}; from pytorch-metric-learning {', '.join(INHERITED_LOSSES)}; "
+    "or package.module:factory of your own, called with (num_classes, embed_dim, **loss_options)."
+)
+_MINER_HELP = f"Miner of tuples for an inherited loss without proxies: {', '.join(MINERS)}."
 
 
 class RunError(Exception):
@@ -25,49 +44,75 @@ class RunError(Exception):
 @dataclass(frozen=True)
 class DataConfig:
     name: Annotated[str, tyro.conf.arg(name="dataset")] = "glyphs"
-    """Data set: `glyphs` is rendered when first needed; any other NAME must lie in the CUB200
-    layout at DATA_ROOT/NAME/images/001.Class/*.png (or .jpg)."""
+    """Data set: glyphs (rendered when first needed), cub200, cars196, online_products, or any
+    folder DATA_ROOT/NAME/CLASS/*.jpg of class folders."""
     data_root: Path = Path("~/.cache/nivmf_fast")
     """Folder that holds the data sets."""
     glyph_characters: int = 200
     """Characters of the glyph set; the first half trains, the second half tests."""
     glyph_images: int = 40
     """Images of each character."""
-    image_size: int = 28
-    """Images become square, this many pixels wide."""
+    augmentation: Literal["none", "base", "big", "adv", "red"] = "none"
+    """Training images: none (whole images, kept in memory: for small sets), base (random resized
+    crop, flip), big (the same, larger), adv (with grey and colour jitter), red (random crop)."""
+    image_size: int | None = None
+    """Images become square, this many pixels wide; by default 28 with --augmentation none, and else
+    224 (big 256, GoogLeNet 227)."""
     batch_size: int = 100
-    """Images in a batch."""
+    """Images in a batch, over all processes."""
     samples_per_class: int = 2
     """Images drawn of a class; a batch draws batch_size / samples_per_class classes."""
+    validation: Literal["none", "class", "samples"] = "none"
+    """Evaluate on a part of the training half instead of the test classes: the last classes, or the
+    last images of every class."""
+    train_share: float = 0.7
+    """Share of the training half that a validation split leaves for training."""
+    workers: int = 0
+    """Processes that read images, for each training process."""
+    skip_bad_images: bool = False
+    """Name images that cannot be read and go on without them."""
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    backbone: Literal["conv"] = "conv"
-    """Network before the embedding layer."""
+    backbone: str = "conv"
+    """Network before the embedding layer: conv (small and grey, for glyphs), bninception,
+    googlenet, any name that timm knows (resnet50, vit_small_patch14_dinov2, ...), or
+    package.module:factory of your own, which returns a module from images to features."""
+    pretrained: str = "none"
+    """Start of the backbone: imagenet (fetched), none, or the file of a state dict."""
+    freeze_batchnorm: bool = False
+    """Keep the statistics and the eval mode of BatchNorm layers."""
+    pooling: Literal["avg", "avg+max"] = "avg"
+    """Global pooling before the embedding layer."""
     width: int = 16
     """Channels of the conv net's first block; each further block has twice as many."""
     embed_dim: int = 64
     """Dimension of the embedding."""
-    init_norm: float = 10.0
+    init_norm: float | None = None
     """Mean embedding norm, which is the images' concentration, at the start: the embedding layer is
-    scaled to it."""
+    scaled to it on training images."""
+    init_norm_multiplier: float | None = None
+    """Multiply the embedding layer's initial weight by this."""
+    max_norm: float | None = None
+    """Bound of the embedding norm: a norm r becomes r / (1 + r / max_norm)."""
+    normalize_output: bool = False
+    """Embeddings of norm 1, for losses without uncertainty."""
 
 
 @dataclass(frozen=True)
 class LossConfig:
-    name: Annotated[LossName, tyro.conf.arg(name="loss")] = "el-nivmf"
-    """Proxy loss: the similarity of image and proxy that it is built on."""
-    concentration: float = 16.0
+    name: Annotated[str, tyro.conf.arg(name="loss", help=_LOSS_HELP)] = "el-nivmf"
+    concentration: float = 10.0
     """Length of the raw proxies and, for the non-isotropic losses, start of every entry of K."""
-    temperature: float = 1.0
+    temperature: float = 0.01
     """Temperature of the softmax at the start."""
     learn_temperature: bool = True
     """Train the temperature."""
-    n_samples: int = 5
+    n_samples: int = 20
     """Samples drawn of each image's distribution (el-nivmf)."""
     normalizer: str = "exact"
-    """How log C_D is computed (el-nivmf, nivmf)."""
+    """How log C_D is computed: exact, or released as the paper's code has it (el-nivmf, nivmf)."""
     projection: bool = True
     """Take cos(K x, K mu), as the density has it, rather than cos(x, K mu) (el-nivmf, nivmf)."""
     temperature_outside: bool = False
@@ -76,34 +121,68 @@ class LossConfig:
     """Weight of a ProxyAnchor loss on the same proxies' directions, added to the loss."""
     warmstart: bool = True
     """Start every proxy at its class's mean embedding."""
+    bindev: bool = False
+    """A binomial-deviance loss, shaped like ProxyAnchor's, of the similarities, not a softmax."""
+    bindev_alpha: float = 1.0
+    """Factor of the similarities in the binomial deviance."""
+    bindev_delta: float = 0.0
+    """Margin of the similarities in the binomial deviance."""
+    bindev_axis: Literal["images", "classes"] = "images"
+    """What the binomial deviance sums over inside the logarithm."""
+    negative_share: float = 1.0
+    """Share of the negative proxies, drawn anew each step, that the loss sees."""
     backend: str = "auto"
     """What computes el-nivmf and nivmf: auto, or what `python -m nivmf_fast` lists as usable."""
+    miner: Annotated[str, tyro.conf.arg(help=_MINER_HELP)] = "none"
+    loss_options: str = "{}"
+    """Further arguments of an inherited loss, or of your own, as JSON."""
+    miner_options: str = "{}"
+    """Further arguments of the miner, as JSON."""
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    lr: float = 3e-3
-    """Adam's learning rate."""
-    weight_decay: float = 0.0
+    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    """sgd has momentum 0.9."""
+    lr: float = 1e-5
+    """Learning rate of the network."""
+    weight_decay: float = 4e-4
     """Weight decay on the network."""
-    schedule: Literal["cosine", "constant"] = "cosine"
-    """Course of the learning rates: down to zero at the last batch, or none."""
-    proxy_lr_mult: float = 5.0
+    embedding_lr: float | None = None
+    """Learning rate of the embedding layer; that of the network by default."""
+    schedule: Literal["step", "cosine", "constant"] = "step"
+    """Course of the learning rates: times gamma after each milestone, down to zero at the last
+    batch, or none."""
+    milestones: tuple[int, ...] = ()
+    """Epochs after which the learning rates are multiplied by gamma."""
+    gamma: float = 0.3
+    """Factor of the learning rates at a milestone."""
+    warmup: int = 0
+    """Epochs at the start that train the embedding layer and the loss only."""
+    proxy_lr_mult: float = 5000.0
     """Learning rate of the proxies' directions, as a multiple of lr."""
-    conc_lr_mult: float = 5.0
+    conc_lr_mult: float = 50000.0
     """Learning rate of the proxies' concentrations, as a multiple of lr."""
-    temp_lr_mult: float = 1.0
+    temp_lr_mult: float = 500.0
     """Learning rate of the temperature, as a multiple of lr."""
+    clip_grad: float | None = None
+    """Bound of the norm of the network's gradient."""
+    amp: Literal["none", "bfloat16", "float16"] = "none"
+    """Precision of the network under autocast; losses stay float32."""
+    compile: bool = False
+    """Compile the network with torch.compile."""
 
 
 @dataclass(frozen=True)
 class Config:
     preset: str = "glyphs"
-    """Set of defaults that other flags override: glyphs, or glyphs-tiny for a check in seconds."""
-    epochs: int = 8
-    """Rounds over the training images, each followed by an evaluation."""
+    """Set of defaults that other flags override; below is the list."""
+    epochs: int = 150
+    """Rounds over the training images."""
     seed: int = 0
     """Seed of everything random but the data set: same seed, same machine, same metrics."""
+    seeds: tuple[int, ...] = ()
+    """Several runs, one for each seed, in folders of --out, and a table of mean and deviation."""
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda, cuda:1, ..."""
     out: Path | None = None
@@ -112,6 +191,22 @@ class Config:
     """Continue the run in --out (or the newest of the preset) after its last checkpoint."""
     limit_batches: int | None = None
     """At most this many batches per epoch, to try things out."""
+    evaluate_every: int = 1
+    """Epochs from one evaluation to the next; the last is always evaluated."""
+    clustering: bool = True
+    """Evaluate NMI and F1 of k-means, which takes the most time on large sets."""
+    storage_metric: str = "c_recall@1"
+    """Column of metrics.csv whose improvement makes a checkpoint the best one."""
+    checkpoint_batches: int | None = None
+    """Batches between checkpoints within an epoch; there is always one after each epoch."""
+    class_parallel: bool = False
+    """Under torchrun, spread the classes over the processes: for more than one GPU can hold."""
+    tensorboard: bool = True
+    """Write the metrics for TensorBoard too."""
+    tracker: Literal["none", "wandb", "comet"] = "none"
+    """Online tracker, if it is installed."""
+    project: str = "nivmf_fast"
+    """Project's name at the online tracker."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
@@ -135,17 +230,23 @@ class Config:
         at_least: list[tuple[str, float | None, float]] = [
             ("--epochs", self.epochs, 1),
             ("--seed", self.seed, 0),
+            *(("--seeds", seed, 0) for seed in self.seeds),
             ("--limit-batches", self.limit_batches, 1),
+            ("--evaluate-every", self.evaluate_every, 1),
+            ("--checkpoint-batches", self.checkpoint_batches, 1),
             ("--image-size", data.image_size, 8),
             ("--glyph-images", data.glyph_images, 2),
             ("--glyph-characters", data.glyph_characters, 4),
             ("--samples-per-class", data.samples_per_class, 1),
             ("--batch-size", data.batch_size, 1),
+            ("--workers", data.workers, 0),
             ("--width", model.width, 1),
             ("--embed-dim", model.embed_dim, 2),
             ("--n-samples", loss.n_samples, 1),
             ("--guidance-weight", loss.guidance_weight, 0),
             ("--weight-decay", optim.weight_decay, 0),
+            ("--warmup", optim.warmup, 0),
+            *(("--milestones", epoch, 1) for epoch in optim.milestones),
             ("--proxy-lr-mult", optim.proxy_lr_mult, 0),
             ("--conc-lr-mult", optim.conc_lr_mult, 0),
             ("--temp-lr-mult", optim.temp_lr_mult, 0),
@@ -153,15 +254,132 @@ class Config:
         for flag, value, least in at_least:
             if value is not None and not value >= least:
                 raise RunError(f"{flag} is {value}, but must be at least {least}")
-        positive = [("--lr", optim.lr), ("--init-norm", model.init_norm)]
-        for flag, value in [*positive, ("--temperature", loss.temperature)]:
-            if not value > 0:
+        positive: list[tuple[str, float | None]] = [
+            ("--lr", optim.lr),
+            ("--embedding-lr", optim.embedding_lr),
+            ("--gamma", optim.gamma),
+            ("--clip-grad", optim.clip_grad),
+            ("--init-norm", model.init_norm),
+            ("--init-norm-multiplier", model.init_norm_multiplier),
+            ("--max-norm", model.max_norm),
+            ("--temperature", loss.temperature),
+            ("--bindev-alpha", loss.bindev_alpha),
+        ]
+        for flag, value in positive:
+            if value is not None and not value > 0:
                 raise RunError(f"{flag} is {value}, but must be above 0")
+        for flag, value in (
+            ("--train-share", data.train_share),
+            ("--negative-share", loss.negative_share),
+        ):
+            if not 0 < value <= 1:
+                raise RunError(f"{flag} is {value}, but must be above 0 and at most 1")
+        for flag, text in (
+            ("--loss-options", loss.loss_options),
+            ("--miner-options", loss.miner_options),
+        ):
+            try:
+                valid = isinstance(json.loads(text), dict)
+            except json.JSONDecodeError:
+                valid = False
+            if not valid:
+                example = f"{flag} '{{\"margin\": 0.2}}'"
+                raise RunError(f"{flag} is {text!r}, but must be a JSON object, as in {example}")
+        for flag, name, known in (
+            ("--loss", loss.name, PAPER_LOSSES + INHERITED_LOSSES),
+            ("--miner", loss.miner, MINERS),
+        ):
+            if name not in known and (flag == "--miner" or ":" not in name):
+                raise RunError(f"{flag} is {name!r}{nearest(name, known)}; --help lists all")
+        if model.init_norm is not None and model.init_norm_multiplier is not None:
+            raise RunError("--init-norm and --init-norm-multiplier exclude each other: give one")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise RunError(f"--seeds are {self.seeds}, but must differ from each other")
         if data.batch_size % data.samples_per_class:
             raise RunError(
                 f"--batch-size is {data.batch_size}, but must be a multiple of "
                 f"--samples-per-class, which is {data.samples_per_class}"
             )
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Evaluate a checkpoint again, on any of its images, and export what was embedded."""
+
+    checkpoint: Path
+    """Checkpoint of a run."""
+    split: Literal["test", "validation", "train"] = "test"
+    """Images to evaluate on."""
+    export: Path | None = None
+    """Write embeddings, directions, concentrations, labels and paths here, as .npz."""
+    json: Path | None = None
+    """Write the metrics here."""
+    device: str = "auto"
+    """auto (a GPU if there is one), cpu, cuda, cuda:1, ..."""
+    data_root: Path | None = None
+    """Folder that holds the data sets; that of the run by default."""
+    dataset: str | None = None
+    """Another data set; that of the run by default."""
+    workers: int | None = None
+    """Processes that read images; as in the run by default."""
+    clustering: bool = True
+    """Evaluate NMI and F1 of k-means too."""
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """Put runs beside each other, in a table and a plot."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Run folders, or folders of runs with several seeds."""
+    out: Path = Path("comparison")
+    """Folder for compare.csv, compare.md and compare.png."""
+    row: Literal["last", "best"] = "last"
+    """Epoch that counts: the last, or the best by --metric (which peeks at the test classes)."""
+    metric: str = "c_recall@1"
+    """Column of metrics.csv that the plot shows and --row best goes by."""
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """Tune losses with equal effort, run each with several seeds, and compare them."""
+
+    name: tyro.conf.Positional[Literal["glyphs-distances"]]
+    """glyphs-distances: the paper's seven losses on the embedded set, each tuned with equal effort
+    on classes held out of the training half, then run with --seeds."""
+    out: Path = Path("runs/glyphs-distances")
+    """Folder of all runs, of the table and of the plot; what is finished in it is not repeated."""
+    trials: int = 8
+    """Settings tried for each loss."""
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    """Seeds of the final runs."""
+    jobs: int | None = None
+    """Runs at a time; one for each core by default, or one on a GPU."""
+    losses: tuple[str, ...] = ()
+    """Only these; all by default."""
+    data_root: Path | None = None
+    """Folder that holds the data sets."""
+    limit_batches: int | None = None
+    """At most this many batches per epoch, to try things out."""
+
+
+COMMANDS = {"evaluate": EvaluateConfig, "compare": CompareConfig, "sweep": SweepConfig}
+
+
+def parse_command(
+    name: str, arguments: Sequence[str]
+) -> EvaluateConfig | CompareConfig | SweepConfig:
+    """The configuration of a command beside training."""
+    config, unknown = _cli(COMMANDS[name], arguments, None, prog=f"python -m train {name}")
+    if unknown:
+        raise RunError(f"unknown argument {unknown[0]}; `{name} --help` lists all")
+    return config
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """What to add to the message about an unknown name."""
+    near = difflib.get_close_matches(name, list(known), n=3)
+    return f" (did you mean {' or '.join(near)}?)" if near else ""
 
 
 @dataclass(frozen=True)
@@ -182,16 +400,15 @@ def parse(arguments: Sequence[str], presets: dict[str, Config]) -> Config:
     folder = early.out or _numbered_folder(preset, newest=early.resume)
     stored = _stored(folder) if early.resume else None
     default = dataclasses.replace(stored or presets[preset], out=early.out, resume=False)
-    config, unknown = _cli(Config, arguments, default)
+    config, unknown = _cli(Config, arguments, default, description=_description(presets))
     if unknown:
-        near = difflib.get_close_matches(unknown[0], _by_flag(config), n=2)
-        hint = f" (did you mean {' or '.join(near)}?)" if near else ""
+        hint = nearest(unknown[0], by_flag(config))
         raise RunError(f"unknown argument {unknown[0]}{hint}; --help lists all flags")
     config = dataclasses.replace(config, out=folder)
     if stored:
-        asked = _by_flag(config)
-        for flag, value in _by_flag(stored).items():
-            if value != asked[flag] and flag not in ("--out", "--resume"):
+        asked = by_flag(config)
+        for flag, value in by_flag(stored).items():
+            if value != asked[flag] and flag not in CHANGEABLE:
                 raise RunError(
                     f"the run in {folder} has {flag} {value}, not {asked[flag]}: "
                     "resume it as it is, or start another with another --out"
@@ -200,22 +417,37 @@ def parse(arguments: Sequence[str], presets: dict[str, Config]) -> Config:
     return config
 
 
+def _description(presets: Iterable[str]) -> str:
+    return (
+        "Train and evaluate a retrieval model. Other commands (each has --help): "
+        "`evaluate` a checkpoint again, `compare` runs, `sweep` settings; "
+        "--from-released 'python main.py ...' translates a command of the paper's code. "
+        f"Presets: {', '.join(presets)}."
+    )
+
+
 def _cli(
-    kind: type[T], arguments: Sequence[str], default: T, add_help: bool = True
+    kind: type[T],
+    arguments: Sequence[str],
+    default: T | None,
+    add_help: bool = True,
+    prog: str = "python -m train",
+    description: str | None = None,
 ) -> tuple[T, list[str]]:
     """tyro's parser, its framed error messages made into one line."""
     messages = io.StringIO()
+    given: dict[str, Any] = {} if default is None else {"default": default}
     try:
         with contextlib.redirect_stderr(messages):
             return tyro.cli(
                 kind,
-                prog="python -m train",
-                description="Train and evaluate a retrieval model.",
+                prog=prog,
+                description=description,
                 args=list(arguments),
-                default=default,
                 config=(tyro.conf.OmitArgPrefixes,),
                 return_unknown_args=True,
                 add_help=add_help,
+                **given,
             )
     except SystemExit as error:
         if not error.code:  # --help
@@ -248,13 +480,13 @@ def _stored(folder: Path) -> Config | None:
         raise RunError(f"{path} is not a configuration of this version: {error}") from None
 
 
-def _by_flag(config: Any) -> dict[str, Any]:
+def by_flag(config: Any) -> dict[str, Any]:
     """Every value of a configuration under its flag's name."""
     values: dict[str, Any] = {}
     for item in dataclasses.fields(config):
         value = getattr(config, item.name)
         if dataclasses.is_dataclass(value):
-            values |= _by_flag(value)
+            values |= by_flag(value)
         else:
             own = "dataset" if isinstance(config, DataConfig) else "loss"
             name = own if item.name == "name" else item.name.replace("_", "-")
@@ -270,5 +502,7 @@ def _from_dict(kind: type[T], values: dict[str, Any]) -> T:
             value = _from_dict(hint, value)
         elif value is not None and hint in (Path, Path | None):
             value = Path(value)
+        elif hint == tuple[int, ...]:
+            value = tuple(value)
         arguments[name] = value
     return kind(**arguments)

@@ -1,22 +1,39 @@
-"""How well embeddings retrieve, and how well their norm and cosine tell when they do.
+"""How well embeddings retrieve and cluster, and how well they know when they are right.
 
-Every metric comes in two spaces: Euclidean on the raw embeddings ("e_") and cosine ("c_"). The
-query itself is never a hit. Equally near images count in the order of the set.
+"e_" metrics are Euclidean on the raw embeddings, "c_" metrics on the normalised ones (cosine). The
+query itself is never a hit. Equally near images count in the order of the set. On a CPU every
+metric is the same to the last bit for any number of threads.
 """
 
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from sklearn.cluster import KMeans
 from sklearn.metrics import normalized_mutual_info_score, roc_auc_score
+from sklearn.metrics.cluster import pair_confusion_matrix
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from nivmf_fast import vmf_log_ppk
+
+try:
+    import faiss
+except ImportError:
+    faiss = None
+
 Space = Literal["e", "c"]
+MEMORY = 56 << 20  # bytes that a chunk of queries may take
 NEVER = torch.iinfo(torch.int64).max
-CHUNK = 1 << 21  # entries of the query x image matrix that are held at a time
+INDEX = (1 << 29) - 1  # the bits that a float64 has beyond a float32: room for an image's index
+NOISE = 1e-13  # rounding of a squared distance in float64, in units of the query's square
+RECALLS = (1, 2, 4, 8, 10, 100)
+PERCENTILES = (5, 25, 50, 75, 95)
 
 
 @dataclass(frozen=True)
@@ -25,117 +42,296 @@ class Retrieval:
 
     ranks: Tensor  # int64 [n, m]: where each query's class comes, from 1, ascending; then NEVER
     class_sizes: Tensor  # int64 [n], the query included
+    class_distance: Tensor  # float64 [n]: mean distance to the others of its class, NaN for none
     nearest: Tensor  # int64 [n, k]
     similarity: Tensor  # float32 [n, k]: cosine, or minus the squared distance
 
     def recall(self, k: int) -> float:
         """Share of queries with a hit among the k nearest; a query alone in its class has none."""
-        return (self.ranks[:, 0] <= k).double().mean().item()
+        return mean(self.ranks[:, 0] <= k)
 
     def map_at_r(self) -> float:
         """MAP@R (Musgrave et al. 2020), R = class size - 1; over queries that have an R above 0."""
         others = self.class_sizes - 1
-        scores = self._precision_sum(others[:, None])[others > 0] / others[others > 0]
-        return scores.mean().item()
+        return mean((self._precision_sum(others[:, None]) / others)[others > 0])
 
-    def map_at_1000(self) -> float:
-        """The released mAP@1000: sum of precision@hit up to rank 1000, by whole class size."""
-        return (self._precision_sum(1000) / self.class_sizes).mean().item()
+    def mean_average_precision(self, last_rank: int | None = None) -> float:
+        """The released mAP: precision@hit, summed up to a rank, by whole class size.
+
+        The last rank is the class size unless given.
+        """
+        last = self.class_sizes[:, None] if last_rank is None else last_rank
+        return mean(self._precision_sum(last) / self.class_sizes)
 
     def _precision_sum(self, last_rank: Tensor | int) -> Tensor:
         hits = torch.arange(1, self.ranks.shape[1] + 1, device=self.ranks.device)
         precision = hits / self.ranks.double()
-        return torch.where(self.ranks <= last_rank, precision, 0.0).sum(1)
+        return precision.masked_fill(self.ranks > last_rank, 0).sum(1)
+
+
+def retrieve(
+    features: Tensor, labels: Tensor, space: Space, k: int = 8, memory: int = MEMORY
+) -> Retrieval:
+    """Exact ranks for each image as a query, in chunks of `memory` bytes, without a full sort."""
+    return retrieve_spaces(features, labels, (space,), k, memory)[space]
 
 
 @torch.no_grad()
-def retrieve(
-    features: Tensor, labels: Tensor, space: Space, k: int = 8, chunk: int = CHUNK
-) -> Retrieval:
-    """Exact ranks for each image as a query, in chunks of `chunk` pairs, without a full sort."""
+def retrieve_spaces(
+    features: Tensor, labels: Tensor, spaces: Sequence[Space], k: int = 8, memory: int = MEMORY
+) -> dict[Space, Retrieval]:
+    """As `retrieve`, for several spaces: they share the products, which take most of the time."""
     n = len(labels)
-    k = min(k, n - 1)
     features = features.double()
-    features = normalize(features) if space == "c" else features
-    squares = features.square().sum(1)
+    squares = features.norm(dim=1).square()  # not of all entries, which would take their memory
+    scale = {"e": torch.ones_like(squares), "c": squares.rsqrt().masked_fill(squares == 0, 0)}
     sizes = torch.bincount(labels)
     members = torch.full((len(sizes), int(sizes.max())), -1, device=labels.device)
     order = labels.argsort(stable=True)
-    place = torch.arange(n, device=labels.device) - (sizes.cumsum(0) - sizes)[labels[order]]
+    index = torch.arange(n, device=labels.device)
+    place = index - (sizes.cumsum(0) - sizes)[labels[order]]
     members[labels[order], place] = order
+    members = members[labels]
 
-    ranks, nearest, similarity = [], [], []
-    backwards = torch.arange(n - 1, -1, -1, device=labels.device)
-    for query in torch.arange(n, device=labels.device).split(max(1, chunk // n)):
-        scores = features[query] @ features.T
-        if space == "e":
-            scores = 2 * scores - squares - squares[query, None]
-        # One integer says both how near (the float's bits, made to sort as integers do) and, where
-        # that is equal, which comes first: with unique keys every rank is well defined.
-        bits = (scores.float() + 0.0).view(torch.int32)  # + 0.0: no negative zero
-        keys = ((bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() << 32) + backwards
-        row = torch.arange(len(query), device=labels.device)
-        keys[row, query] = -NEVER
-        best = keys.topk(k).indices
-        nearest.append(best)
-        similarity.append(scores.gather(1, best).float())
-
-        # The positives cut the row into intervals; counting the images in each gives their ranks.
-        own = members[labels[query]]
-        positive = keys.gather(1, own.clamp(min=0)).masked_fill(own < 0, -NEVER).sort(1).values
-        above = torch.searchsorted(positive, keys, right=True)
-        counts = torch.zeros(len(query), own.shape[1] + 1, dtype=torch.int64, device=labels.device)
-        counts.scatter_add_(1, above, torch.ones_like(above))
-        rank = counts.flip(1).cumsum(1)[:, :-1]
-        hits = torch.arange(1, own.shape[1] + 1, device=labels.device)
-        ranks.append(rank.masked_fill(hits >= sizes[labels[query], None], NEVER))
-    return Retrieval(torch.cat(ranks), sizes[labels], torch.cat(nearest), torch.cat(similarity))
-
-
-def evaluate(
-    features: Tensor, labels: Tensor, degradation: Tensor | None = None, seed: int = 0
-) -> dict[str, float]:
-    """All metrics of a test set, in the order of metrics.csv."""
-    spaces = {space: retrieve(features, labels, space) for space in ("e", "c")}
-    result = {
-        f"{space}_recall@{k}": spaces[space].recall(k) for k in (1, 2, 4, 8) for space in spaces
+    # Made before the chunks: small tensors that outlive a chunk would break up its memory.
+    results = {
+        space: Retrieval(
+            ranks=torch.empty_like(members),
+            class_sizes=sizes[labels],
+            class_distance=squares.new_empty(n),
+            nearest=index.new_empty(n, min(k, n - 1)),
+            similarity=squares.new_empty(n, min(k, n - 1), dtype=torch.float32),
+        )
+        for space in spaces
     }
-    result["mAP_1000"] = spaces["e"].map_at_1000()
-    result["c_mAP_1000"] = spaces["c"].map_at_1000()
-    result["e_MAP@R"] = spaces["e"].map_at_r()
-    result["c_MAP@R"] = spaces["c"].map_at_r()
-    result["nmi"] = nmi(features, labels, seed)
-    result["c_nmi"] = nmi(normalize(features), labels, seed)
-    right = labels[spaces["c"].nearest[:, 0]] == labels
+    for query in index.split(max(1, memory // (24 * n))):
+        products = features[query] @ features.T
+        for space, result in results.items():
+            _rank(result, space, query, members, _distances(products, squares, scale[space], query))
+    return results
+
+
+def _distances(products: Tensor, squares: Tensor, scale: Tensor, query: Tensor) -> Tensor:
+    """Squared distances [rows, n] of scaled embeddings, from the products of unscaled ones."""
+    lengths = squares * scale.square()
+    distances = (products * scale).mul_(-2 * scale[query, None])
+    distances.add_(lengths).add_(lengths[query, None])
+    return distances.masked_fill_(distances <= NOISE * lengths[query, None], 0)
+
+
+def _rank(
+    result: Retrieval, space: Space, query: Tensor, members: Tensor, distances: Tensor
+) -> None:
+    """Enter the rows of these queries, overwriting their squared distances [rows, n]."""
+    rows, n = distances.shape
+    index = torch.arange(n, device=query.device)
+    # One integer says both how near (non-negative floats sort as their bits do) and, where that is
+    # equal in float32, which comes first: with unique keys every rank is well defined, and the
+    # order in which a matrix product adds up does not show.
+    keys = distances.copy_(distances.float()).view(torch.int64).bitwise_or_(index)
+    keys[index[:rows], query] = NEVER
+    best, result.nearest[query] = keys.topk(result.nearest.shape[1], largest=False)
+    squared = _squared(best)
+    result.similarity[query] = (1 - squared / 2 if space == "c" else -squared).float()
+
+    own = members[query]
+    positive = keys.gather(1, own.clamp(min=0)).masked_fill_(own < 0, NEVER).sort(1).values
+    never = positive == NEVER
+    to_class = _squared(positive).sqrt().masked_fill(never, 0).sum(1)
+    result.class_distance[query] = to_class / (~never).sum(1)
+    # The positives cut the row into intervals; counting the images in each gives their ranks.
+    result.ranks[query] = _count_up_to(positive, keys).masked_fill(never, NEVER)
+
+
+def _count_up_to(bounds: Tensor, values: Tensor) -> Tensor:
+    """How many of the values [rows, n] reach no further than each sorted bound [rows, m]."""
+    interval = torch.searchsorted(bounds, values)
+    counts = interval.new_zeros(len(bounds), bounds.shape[1] + 1)
+    counts.scatter_add_(1, interval, interval.new_ones(1, 1).expand_as(interval))
+    return counts.cumsum(1)[:, :-1]
+
+
+def _squared(keys: Tensor) -> Tensor:
+    return (keys & ~INDEX).view(torch.float64)
+
+
+def embedded(features: Tensor, space: Space) -> Tensor:
+    """The embeddings of a space, in float64."""
+    features = features.double()
+    return normalize(features) if space == "c" else features
+
+
+@torch.no_grad()
+def evaluate(
+    features: Tensor,
+    labels: Tensor,
+    degradation: Tensor | None = None,
+    seed: int = 0,
+    clustering: bool = True,
+) -> dict[str, float]:
+    """All metrics of a test set, in the order of metrics.csv; without `clustering`, no k-means."""
+    spaces = retrieve_spaces(features, labels, ("e", "c"))
+    released = {"": spaces["e"], "c_": spaces["c"]}
+    result = {f"{s}_recall@{k}": found.recall(k) for k in RECALLS for s, found in spaces.items()}
+    result |= {f"{s}mAP_1000": f.mean_average_precision(1000) for s, f in released.items()}
+    result |= {f"{s}_MAP@R": found.map_at_r() for s, found in spaces.items()}
+    if clustering:
+        result |= clustering_quality(features, labels, seed)
+    for name, last_rank in (("mAP_c", None), ("mAP_lim", 1023), ("mAP", len(labels))):
+        for s, found in released.items():
+            result[s + name] = found.mean_average_precision(last_rank)
+    result |= structure(features, labels, spaces)
+    result |= uncertainty(features, labels, spaces["c"])
     norm = features.norm(dim=1)
-    result["auroc_norm"] = auroc(right, norm)
-    result["auroc_cosine"] = auroc(right, spaces["c"].similarity[:, 0])
-    result["norm_mean"] = norm.mean().item()
+    result["norm_mean"] = mean(norm)
+    values = np.percentile(norm.double().cpu().numpy(), PERCENTILES)
+    result |= {f"norm_p{p}": float(v) for p, v in zip(PERCENTILES, values, strict=True)}
     if degradation is not None:
         result["spearman_norm_degradation"] = spearman(norm, degradation)
     return result
 
 
-def nmi(features: Tensor, labels: Tensor, seed: int) -> float:
-    """Normalised mutual information of the classes and as many k-means clusters."""
-    with threadpool_limits(1):  # several threads would add up the centres in any order
-        clusters = KMeans(len(labels.unique()), n_init=1, random_state=seed).fit_predict(
-            features.cpu()
-        )
-    return float(normalized_mutual_info_score(labels.cpu(), clusters))
+def clustering_quality(features: Tensor, labels: Tensor, seed: int) -> dict[str, float]:
+    """NMI and pairwise F1 of the classes and as many k-means clusters."""
+    truth = labels.cpu().numpy()
+    count = len(np.unique(truth))
+    clusters = {
+        "": k_means(features, count, seed),
+        "c_": k_means(normalize(features), count, seed),
+    }
+    nmi = {f"{s}nmi": float(normalized_mutual_info_score(truth, c)) for s, c in clusters.items()}
+    return nmi | {f"{s}f1": pairwise_f1(truth, c) for s, c in clusters.items()}
+
+
+def k_means(features: Tensor, count: int, seed: int) -> NDArray[np.int64]:
+    """The cluster of every image: by faiss where it is installed, else by scikit-learn."""
+    points = features.float().cpu().numpy()
+    if faiss is None:
+        with threadpool_limits(1):  # several threads would add up the centres in any order
+            return KMeans(count, n_init=1, random_state=seed).fit_predict(points)
+    means = faiss.Kmeans(
+        points.shape[1],
+        count,
+        seed=seed,
+        niter=20,
+        init_method=faiss.ClusteringInitMethod_KMEANS_PLUS_PLUS,
+        min_points_per_centroid=1,  # only a warning
+        max_points_per_centroid=len(points),  # all images count
+        gpu=faiss.get_num_gpus() > 0,
+    )
+    means.train(points)
+    return means.assign(points)[1]
+
+
+def pairwise_f1(truth: NDArray[np.int64], clusters: NDArray[np.int64]) -> float:
+    """F1 of saying of two images that share a cluster that they share a class."""
+    (_, wrong), (missed, right) = pair_confusion_matrix(truth, clusters).tolist()
+    return 2 * right / (2 * right + wrong + missed) if right else 0.0
+
+
+def structure(features: Tensor, labels: Tensor, spaces: dict[Space, Retrieval]) -> dict[str, float]:
+    """How classes lie and how many directions are used, as Roth et al. (2020) measure it."""
+    found: dict[str, dict[str, float]] = {}
+    for space, retrieval in spaces.items():
+        points = embedded(features, space)
+        paired = retrieval.class_sizes > 1
+        weight = 1 / retrieval.class_sizes[paired].double()  # every class counts once
+        intra = mean(retrieval.class_distance[paired] * weight) / mean(weight)
+        inter = mean_class_distance(points, labels)
+        found[space] = {
+            "dists@intra": intra,
+            "dists@inter": inter,
+            "dists@intra_over_inter": intra / inter if inter else math.nan,
+            "rho_spectrum": spectral_decay(points),
+        }
+    return {f"{space}_{name}": found[space][name] for name in found["e"] for space in found}
+
+
+def mean_class_distance(points: Tensor, labels: Tensor) -> float:
+    """Mean Euclidean distance between the means of two classes; NaN for a single class."""
+    sizes = labels.unique(return_counts=True)[1]
+    centres = torch.segment_reduce(points[labels.argsort(stable=True)], "mean", lengths=sizes)
+    count = len(centres)
+    rows = centres.split(max(1, MEMORY // (16 * count)))
+    total = torch.cat([torch.cdist(part, centres).sum(1) for part in rows])
+    return mean(total) / (count - 1) if count > 1 else math.nan
+
+
+def spectral_decay(points: Tensor) -> float:
+    """KL(uniform | singular values that sum to 1), in nats: 0 where all directions count alike.
+
+    Values below float32's rounding of the largest count as that much: a direction that is not used
+    at all leaves it finite.
+    """
+    with threadpool_limits(1):
+        values = np.linalg.svd(points.cpu().numpy(), compute_uv=False)
+    if not values[0] > 0:
+        return math.nan
+    values = values.clip(min=values[0] * np.finfo(np.float32).eps)
+    return float(-np.log(len(values) * values / values.sum()).mean())
+
+
+def uncertainty(features: Tensor, labels: Tensor, found: Retrieval) -> dict[str, float]:
+    """Whether norm, cosine, distance and log-PPK tell that the cosine neighbour is right.
+
+    The nearest images also vote for their classes, weighted by exp(log-PPK). A true class with less
+    than 1 / n of the vote counts as having 1 / n: the log-likelihood is at least -log n.
+    """
+    distance, log_ppk = (torch.cat(p) for p in zip(*_to_neighbours(features, found), strict=True))
+    voters = labels[found.nearest]
+    hits = voters == labels[:, None]
+    scores = {
+        "norm": features.norm(dim=1),
+        "cosine": found.similarity[:, 0],
+        "l2": -distance[:, 0],
+        "log_ppk": log_ppk[:, 0],
+    }
+    result = {f"auroc_{name}": auroc(hits[:, 0], score) for name, score in scores.items()}
+
+    weight = log_ppk.softmax(1)
+    vote = (weight[:, None] * (voters[:, None] == voters[:, :, None])).sum(2)
+    winner = vote.cpu().numpy().argmax(1)  # of equals the nearest
+    share = (weight * hits).sum(1)
+    result["vote_log_likelihood"] = mean(share.clamp(min=1 / len(labels)).log())
+    result["vote_accuracy"] = float(
+        np.take_along_axis(hits.cpu().numpy(), winner[:, None], 1).mean()
+    )
+    return result
+
+
+def _to_neighbours(features: Tensor, found: Retrieval) -> Iterator[tuple[Tensor, Tensor]]:
+    """Euclidean distance and log-PPK to the nearest [rows, k]; the norm is the concentration."""
+    features = features.double()
+    norm = features.norm(dim=1).clamp(min=1e-6)
+    loc = features / norm[:, None]
+    k, dim = found.nearest.shape[1], features.shape[1]
+    index = torch.arange(len(features), device=features.device)
+    rows = max(1, MEMORY // (32 * k * dim))
+    for query, nearest in zip(index.split(rows), found.nearest.split(rows), strict=True):
+        a, b = query.repeat_interleave(k), nearest.flatten()
+        distance = (features[a] - features[b]).norm(dim=1)
+        log_ppk = vmf_log_ppk(loc[a], norm[a], loc[b], norm[b], pairwise=False)
+        yield distance.view(-1, k), log_ppk.view(-1, k)
+
+
+def mean(values: Tensor) -> float:
+    """The mean, added up in an order that does not depend on the number of threads; NaN of none."""
+    return float(values.double().cpu().numpy().mean()) if len(values) else math.nan
 
 
 def auroc(right: Tensor, score: Tensor) -> float:
     """How well a score tells right from wrong; 0.5 is chance, NaN where all are of one kind."""
     if bool(right.all()) or not bool(right.any()):
-        return float("nan")
+        return math.nan
     return float(roc_auc_score(right.cpu(), score.cpu()))
 
 
 def spearman(x: Tensor, y: Tensor) -> float:
-    """Rank correlation, ties sharing their mean rank."""
+    """Rank correlation, ties sharing their mean rank; NaN where all values are equal."""
     ranks = []
     for values in (x.cpu(), y.cpu()):
         _, which, counts = values.unique(return_inverse=True, return_counts=True)
-        ranks.append((counts.cumsum(0) - (counts - 1) / 2)[which])
-    return torch.corrcoef(torch.stack(ranks).double())[0, 1].item()
+        # Twice the rank less its mean is an integer: the sums below are exact.
+        ranks.append((2 * counts.cumsum(0) - counts - len(values))[which])
+    a, b = ranks
+    return ((a * b).sum() / ((a * a).sum().double() * (b * b).sum()).sqrt()).item()

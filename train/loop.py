@@ -1,25 +1,38 @@
 """A run from top to bottom: data, network, loss, optimiser, epochs, evaluation, files."""
 
+import contextlib
 import io
 import math
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 from nivmf_fast import which_backend
-from train import evaluate, report
+from train import compare, evaluate, report, tracking
+from train.backbone import backbone_input
 from train.config import Config, LossConfig, OptimConfig, RunError
-from train.data import ClassBalancedBatches, ImageSet, load
-from train.model import CHANNELS, LOSS_OPS, EmbeddingNet, build_loss
-from train.run_folder import BEST, LAST, RunFolder
+from train.data import ClassBalancedBatches, ImageSet, all_batches, load, train_batches
+from train.distributed import Ranks, processes
+from train.losses import LOSS_OPS, build_loss
+from train.model import EmbeddingNet, build_model
+from train.run_folder import BEST, LAST, RunFolder, serialised
 
-STORAGE_METRIC = "c_recall@1"  # whose improvement makes a checkpoint the best one
+AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+OPTIMISERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "sgd": lambda groups: torch.optim.SGD(groups, momentum=0.9),
+}
 
 
 @dataclass
@@ -30,239 +43,446 @@ class State:
     loss: nn.Module
     optimiser: torch.optim.Optimizer
     schedule: LambdaLR
-    random: torch.Generator  # draws the batches and the loss's seeds
+    scaler: torch.amp.GradScaler
     epoch: int = 0  # that is done
-    history: list[dict[str, float]] = field(
-        default_factory=list
-    )  # a row of metrics.csv for each epoch
+    step: int = 0  # of the next epoch, that is done
+    losses: float = 0.0  # sum over these steps
+    seconds: float = 0.0  # that they took
+    history: list[dict[str, float]] = field(default_factory=list)  # rows of metrics.csv
 
     def parts(self) -> list[tuple[str, Any]]:
-        names = ("model", "loss", "optimiser", "schedule")
+        names = ("model", "loss", "optimiser", "schedule", "scaler")
         return [(name, getattr(self, name)) for name in names]
 
-    def to_dict(self) -> dict[str, Any]:
+    def position(self) -> dict[str, Any]:
+        names = ("epoch", "step", "losses", "seconds", "history")
+        return {name: getattr(self, name) for name in names}
+
+    def save(self, config: Config, ranks: Ranks, folder: RunFolder, best: bool = False) -> None:
+        """Write the last checkpoint, and before it, if it is, the best one."""
         content = {name: part.state_dict() for name, part in self.parts()}
-        content |= {"random": self.random.get_state(), "torch_random": torch.get_rng_state()}
+        content |= {"torch_random": torch.get_rng_state(), "config": config.to_json()}
         if torch.cuda.is_available():
             content["cuda_random"] = torch.cuda.get_rng_state_all()
-        return content | {"epoch": self.epoch, "history": self.history}
+        content |= self.position()
+        if config.class_parallel:  # every process writes its classes, and this refers to them
+            name = f"classes-{self.epoch}-{self.step}"
+            slices = self.loss.sharded_state_dict(self.optimiser)
+            dcp.save(slices, checkpoint_id=folder.path / name, no_dist=ranks.size == 1)
+            content |= {"classes": name, "loss": {}}
+            content["optimiser"]["state"] = self.without_classes(content["optimiser"]["state"])
+        if ranks.first:
+            if best:  # before the last: a kill in between repeats the epoch
+                folder.write(BEST, serialised(content))
+            folder.save(content)
+            if config.class_parallel:
+                folder.drop_classes()
 
-    def load_dict(self, content: dict[str, Any]) -> None:
+    def without_classes(self, state: dict[int, Any]) -> dict[int, Any]:
+        """An optimiser's state but for the loss's parameters, which are saved slice by slice."""
+        own = {id(parameter) for parameter in self.loss.parameters()}
+        every = [p for group in self.optimiser.param_groups for p in group["params"]]
+        return {i: value for i, value in state.items() if id(every[i]) not in own}
+
+    def load(self, content: dict[str, Any], ranks: Ranks, folder: Path) -> None:
         for name, part in self.parts():
-            part.load_state_dict(content[name])
-        self.random.set_state(content["random"].cpu())
+            if name != "loss" or "classes" not in content:
+                part.load_state_dict(content[name])
+        if "classes" in content:
+            slices = self.loss.sharded_state_dict(self.optimiser)
+            dcp.load(slices, checkpoint_id=folder / content["classes"], no_dist=ranks.size == 1)
         torch.set_rng_state(content["torch_random"].cpu())
         if torch.cuda.is_available() and "cuda_random" in content:
             torch.cuda.set_rng_state_all([state.cpu() for state in content["cuda_random"]])
-        self.epoch, self.history = content["epoch"], content["history"]
+        for name in self.position():
+            setattr(self, name, content[name])
 
 
 def train(config: Config) -> None:
-    """Train and evaluate as configured, and leave everything in the run folder."""
-    device = choose_device(config.device)
-    folder = RunFolder.open(config)
-    checkpoint = folder.load(LAST, device) if config.resume else None
-    if (
-        checkpoint
-        and checkpoint["epoch"] == config.epochs
-        and (folder.path / report.REPORT).exists()
-    ):
-        print(f"finished already: {folder.path / report.REPORT} (nothing was changed)")
+    """Train and evaluate as configured, once or for several seeds; all is left in the folder."""
+    with processes(config.device) as ranks:
+        config = ranks.agree(config)  # the first process has numbered the folder
+        if not config.seeds:
+            run(config, ranks)
+            return
+        group = RunFolder.open(config) if ranks.first else RunFolder(config.folder)
+        if ranks.first:
+            group.create(config)
+        folders = [config.folder / f"seed-{seed}" for seed in config.seeds]
+        for seed, folder in zip(config.seeds, folders, strict=True):
+            resume = config.resume and folder.exists()
+            run(replace(config, seed=seed, seeds=(), out=folder, resume=resume), ranks)
+        if ranks.first:
+            table = compare.Group.read(config.folder, "last")
+            group.write("seeds.csv", compare.seeds_csv(table).encode())
+            group.write("seeds.md", compare.markdown([table]).encode())
+            print(compare.markdown([table]))
+
+
+def run(config: Config, ranks: Ranks) -> None:
+    """One run."""
+    device = ranks.device
+    folder = RunFolder.open(config) if ranks.first else RunFolder(config.folder)
+    checkpoint = folder.load(device) if config.resume else None
+    finished = checkpoint and checkpoint["epoch"] == config.epochs
+    if finished and (folder.path / report.REPORT).exists():
+        if ranks.first:
+            print(f"finished already: {folder.path / report.REPORT} (nothing was changed)")
         return
+    if ranks.first:
+        tracking.check(config)
+    if config.data.batch_size % ranks.size:
+        raise RunError(
+            f"--batch-size is {config.data.batch_size}, but must be a multiple of the number of "
+            f"processes, which is {ranks.size}"
+        )
     torch.manual_seed(config.seed)
     torch.backends.cudnn.deterministic = True
 
-    train_set, test_set = load(config.data, CHANNELS[config.model.backbone])
-    pixels = train_set.images.float() / 255
-    mean, std = pixels.mean((0, 2, 3)), pixels.std((0, 2, 3)).clamp(min=1e-3)
-    model = EmbeddingNet(config.model, mean, std).to(device)
-    loss = build_loss(config.loss, len(train_set.classes), config.model.embed_dim).to(device)
-    random = torch.Generator().manual_seed(config.seed)
+    channels, crop = backbone_input(config.model)
+    with ranks.in_turn():  # what is rendered or fetched is so once
+        sets = load(config.data, channels, crop)
+        train_set, test_set = sets["train"], sets.get("validation", sets["test"])
+        some = some_of(train_set)
+        form = replace(config.model, pretrained="none") if checkpoint else config.model
+        model = build_model(form, channel_statistics(train_set, some), train_set.size).to(device)
+    classes, dim = len(train_set.classes), config.model.embed_dim
+    loss = build_loss(config.loss, classes, dim, config.class_parallel).to(device)
+    data = config.data
     batches = ClassBalancedBatches(
-        train_set.labels, config.data.batch_size, config.data.samples_per_class, random
+        train_set.labels, data.batch_size, data.samples_per_class, config.seed
     )
     steps = min(len(batches), config.limit_batches or len(batches))
-    optimiser, schedule = build_optimiser(config.optim, model, loss, steps * config.epochs)
-    state = State(model, loss, optimiser, schedule, random)
-    raw_recall = evaluate.retrieve(test_set.images.flatten(1), test_set.labels, "e").recall(1)
-    describe(config, device, model, train_set, test_set, raw_recall)
-
-    folder.create(config)
+    optimiser, schedule = build_optimiser(config.optim, model, loss, steps, config.epochs)
+    scaler = torch.amp.GradScaler(device.type, enabled=config.optim.amp == "float16")
+    state = State(model, loss, optimiser, schedule, scaler)
+    raw_recall = None
+    if test_set.images is not None:
+        raw = evaluate.retrieve(test_set.images.flatten(1), test_set.labels, "e")
+        raw_recall = raw.recall(1)
+    if ranks.first:
+        describe(config, ranks, model, train_set, test_set, raw_recall)
+        folder.create(config)
 
     if checkpoint:
         try:
-            state.load_dict(checkpoint)
+            state.load(checkpoint, ranks, folder.path)
         except (KeyError, RuntimeError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise RunError(f"{folder.path / LAST} does not fit this run ({reason})") from None
-        folder.write_metrics(state.history)  # the last run may have ended before it could
-        print(f"resuming after epoch {state.epoch} of {config.epochs}")
+        if ranks.first:
+            if state.history:
+                folder.write_metrics(state.history)  # the last run may have ended before it could
+            print(f"resuming after epoch {state.epoch} of {config.epochs}, batch {state.step}")
     else:
-        if config.resume:
+        if config.resume and ranks.first:
             print(f"no checkpoint in {folder.path}: starting afresh")
-        some = train_set.images[:: max(1, len(train_set) // 1000)].to(device)  # of every class
-        model.calibrate(some, config.model.init_norm)
-        if config.loss.warmstart:
-            loss.warmstart(embed(model, train_set, device), train_set.labels.to(device))
+        begin(config, state, train_set, some, ranks)
 
-    total = steps * config.epochs
-    with tqdm(total=total, initial=state.epoch * steps, unit="batch", disable=None) as bar:
+    network = wrap(config, model, ranks)
+    embedded: tuple[Tensor, ImageSet] | None = None
+    with contextlib.ExitStack() as stack:
+        log = stack.enter_context(tracking.trackers(config, state.epoch)) if ranks.first else None
+        bar = tqdm(
+            total=steps * config.epochs,
+            initial=state.epoch * steps + state.step,
+            unit="batch",
+            disable=None if ranks.first else True,
+        )
+        stack.enter_context(bar)
         while state.epoch < config.epochs:
-            row = train_epoch(state, train_set, batches, steps, device, bar)
-            if not math.isfinite(row["loss"]):
-                raise RunError(
-                    f"the loss is {row['loss']} in epoch {row['epoch']}: try a smaller --lr"
-                )
-            start = time.perf_counter()
-            features = embed(model, test_set, device)
-            embedded = time.perf_counter()
-            row |= evaluate.evaluate(
-                features, test_set.labels.to(device), test_set.degradation, config.seed
-            )
-            row |= {
-                "seconds_embed": embedded - start,
-                "seconds_evaluate": time.perf_counter() - embedded,
-            }
-            best = max((r[STORAGE_METRIC] for r in state.history), default=-1.0)
+            row = train_epoch(config, state, network, train_set, batches, steps, ranks, folder, bar)
+            if (state.epoch + 1) % config.evaluate_every == 0 or state.epoch + 1 == config.epochs:
+                embedded, columns = evaluate_epoch(config, model, test_set, ranks)
+                row |= columns
+            metric = config.storage_metric
+            best = max((r[metric] for r in state.history if metric in r), default=-math.inf)
             state.history.append(row)
-            state.epoch += 1
-            if row[STORAGE_METRIC] > best:
-                folder.save(
-                    BEST, state.to_dict()
-                )  # before the last: a kill in between repeats the epoch
-            folder.save(LAST, state.to_dict())
-            folder.write_metrics(state.history)
-            seconds = sum(value for name, value in row.items() if name.startswith("seconds_"))
-            tqdm.write(
-                f"epoch {state.epoch}/{config.epochs}  loss {row['loss']:.4f}  "
-                f"recall@1 {row['c_recall@1']:.4f} (cosine) {row['e_recall@1']:.4f} (Euclidean)  "
-                f"MAP@R {row['c_MAP@R']:.4f}  {seconds:.1f} s"
-            )
+            state.epoch, state.step, state.losses, state.seconds = state.epoch + 1, 0, 0.0, 0.0
+            state.save(config, ranks, folder, best=row.get(metric, -math.inf) > best)
+            if log:
+                folder.write_metrics(state.history)
+                log(row, state.epoch)
+                tqdm.write(summary(config, row))
 
-    features = embed(model, test_set, device).cpu()
-    content = io.BytesIO()
-    np.savez(
-        content,
-        features=features.numpy(),
-        labels=test_set.labels.numpy(),
-        paths=np.array(test_set.paths),
-    )
-    folder.write("embeddings_test.npz", content.getvalue())
-    report.write(folder, config, state.history, features, test_set, raw_recall)
-    print(f"report: {folder.path / report.REPORT}")
+    if embedded is None:  # all epochs were done when the run was resumed
+        embedded = embed_readable(model, test_set, config, ranks)
+    if ranks.first:
+        features, shown = embedded[0].cpu(), embedded[1]
+        content = io.BytesIO()
+        labels, paths = shown.labels.numpy(), np.array(shown.paths)
+        np.savez(content, features=features.numpy(), labels=labels, paths=paths)
+        folder.write("embeddings_test.npz", content.getvalue())
+        report.write(folder, config, state.history, features, shown, raw_recall)
+        print(f"report: {folder.path / report.REPORT}")
+
+
+def begin(config: Config, state: State, train_set: ImageSet, some: Tensor, ranks: Ranks) -> None:
+    """What a run does before its first step: statistics, the scale of the norm, the proxies."""
+    state.model.calibrate(some.to(ranks.device), config.model.init_norm)
+    if config.loss.warmstart and hasattr(state.loss, "warmstart"):
+        features, kept = embed(state.model, train_set, config, ranks)
+        labels = train_set.labels[kept].to(ranks.device)
+        if config.class_parallel:  # which takes each process's own images
+            part = ranks.share(len(kept))
+            features, labels = features[part.start : part.stop], labels[part.start : part.stop]
+        state.loss.warmstart(features, labels)
 
 
 def train_epoch(
+    config: Config,
     state: State,
+    network: nn.Module,
     train_set: ImageSet,
     batches: ClassBalancedBatches,
     steps: int,
-    device: torch.device,
+    ranks: Ranks,
+    folder: RunFolder,
     bar: "tqdm[None]",
 ) -> dict[str, float]:
-    """One epoch's steps; the mean loss and the seconds they took."""
-    start = time.perf_counter()
-    recall = f"{state.history[-1][STORAGE_METRIC]:.3f}" if state.history else "-"
-    state.model.train()
-    losses = torch.zeros((), dtype=torch.float64, device=device)
-    for step, batch in zip(range(steps), batches, strict=False):
-        seed = int(torch.randint(2**62, (), generator=state.random))
-        embeddings = state.model(train_set.images[batch].to(device))
+    """The steps that are left of an epoch; the epoch's mean loss and the seconds it took."""
+    start, before = time.perf_counter(), state.seconds
+    device, model, loss = ranks.device, state.model, state.loss
+    size = config.data.batch_size // ranks.size
+    part = slice(ranks.rank * size, (ranks.rank + 1) * size)
+    recall = (
+        f"{state.history[-1].get(config.storage_metric, math.nan):.3f}" if state.history else "-"
+    )
+    network.train()
+    classes = config.class_parallel
+    losses = torch.tensor(state.losses, dtype=torch.float64, device=device)
+    left = batches.epoch(state.epoch, skip=state.step, limit=steps)
+    cuda = device.type == "cuda"
+    for batch in train_batches(train_set, left, part, config.data.workers, pin_memory=cuda):
+        name_bad(batch.bad)
+        # what the network draws is a function of the step's place in the run and of nothing before
+        torch.manual_seed(batch.seed + ranks.rank)
+        images = batch.images.to(device, non_blocking=True)
+        labels = batch.labels.to(device, non_blocking=True)
+        with autocast(config.optim, device):
+            embeddings = network(images)
         try:
-            value = state.loss(embeddings, train_set.labels[batch].to(device), seed=seed)
+            value = global_loss(loss, embeddings.float(), labels, batch.seed, ranks, classes)
         except ValueError as error:  # the loss takes no embeddings that are not finite
             raise RunError(
                 f"epoch {state.epoch + 1} diverged ({error}): try a smaller --lr"
             ) from None
         state.optimiser.zero_grad()
-        value.backward()
-        state.optimiser.step()
+        state.scaler.scale(value).backward()
+        if not classes:
+            ranks.mean(p.grad for p in loss.parameters())
+        if state.epoch < config.optim.warmup:
+            for parameter in model.backbone_parameters():
+                parameter.grad = None
+        if config.optim.clip_grad is not None:
+            state.scaler.unscale_(state.optimiser)
+            nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_grad)
+        state.scaler.step(state.optimiser)
+        state.scaler.update()
         state.schedule.step()
         losses += value.detach()
+        state.step += 1
         bar.update()
-        if step % 10 == 9 and not bar.disable:
-            bar.set_postfix(
-                epoch=state.epoch + 1, loss=f"{losses.item() / (step + 1):.3f}", recall=recall
+        every = config.checkpoint_batches
+        if every and state.step % every == 0 and state.step < steps:
+            ranks.mean([losses])
+            state.losses, state.seconds = losses.item(), before + time.perf_counter() - start
+            state.save(config, ranks, folder)
+        if state.step % 10 == 0 and not bar.disable:
+            mean = f"{losses.item() / state.step:.3f}"
+            bar.set_postfix(epoch=state.epoch + 1, loss=mean, recall=recall)
+    ranks.mean([losses])
+    row = {"epoch": state.epoch + 1, "loss": losses.item() / steps}
+    if not math.isfinite(row["loss"]):
+        raise RunError(f"the loss is {row['loss']} in epoch {row['epoch']}: try a smaller --lr")
+    if hasattr(loss, "temperature"):
+        row["temperature"] = float(loss.temperature.detach())
+    return row | {"seconds_train": before + time.perf_counter() - start}
+
+
+def global_loss(
+    loss: nn.Module,
+    embeddings: Tensor,
+    labels: Tensor,
+    seed: int,
+    ranks: Ranks,
+    class_parallel: bool = False,
+) -> Tensor:
+    """The loss of the whole batch, of which this process has a slice, up to what a mean restores.
+
+    A mean of one term per image is the mean of the processes' means. Any other loss sees the whole
+    batch in every process; class-parallel ones gather it themselves.
+    """
+    if class_parallel:
+        return loss(ranks.scaled(embeddings), labels, seed=seed)
+    if getattr(loss, "decomposes", False):
+        return loss(embeddings, labels, seed=seed, image_offset=ranks.rank * len(embeddings))
+    return loss(ranks.gather_batch(embeddings), ranks.gather(labels), seed=seed)
+
+
+def wrap(config: Config, model: EmbeddingNet, ranks: Ranks) -> nn.Module:
+    """The network as it trains: in parallel over processes, compiled."""
+    network: nn.Module = model
+    statistics = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    if ranks.size > 1 and statistics and not config.model.freeze_batchnorm:
+        if ranks.device.type == "cuda":
+            network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        elif ranks.first:
+            print(
+                "warning: on the CPU every process has BatchNorm statistics of its own; "
+                "--freeze-batchnorm makes the result independent of the number of processes"
             )
-    temperature = float(state.loss.temperature.detach())
-    return {
-        "epoch": state.epoch + 1,
-        "loss": losses.item() / steps,
-        "temperature": temperature,
-        "seconds_train": time.perf_counter() - start,
-    }
+    if ranks.size > 1:
+        ids = [ranks.device.index] if ranks.device.type == "cuda" else None
+        network = DistributedDataParallel(network, device_ids=ids)
+    return torch.compile(network) if config.optim.compile else network
+
+
+def autocast(config: OptimConfig, device: torch.device) -> torch.autocast:
+    dtype = AUTOCAST.get(config.amp, torch.bfloat16)
+    return torch.autocast(device.type, dtype, enabled=config.amp != "none")
 
 
 @torch.no_grad()
 def embed(
-    model: EmbeddingNet, images: ImageSet, device: torch.device, batch_size: int = 500
-) -> Tensor:
-    """The embeddings [n, D] of a whole set, in eval mode."""
+    model: EmbeddingNet, images: ImageSet, config: Config, ranks: Ranks, batch_size: int = 500
+) -> tuple[Tensor, Tensor]:
+    """The embeddings [n, D] of a set in eval mode, and which of its images they are.
+
+    Every process embeds a part; all of them get the whole.
+    """
     model.eval()
-    return torch.cat([model(batch.to(device)) for batch in images.images.split(batch_size)])
+    features, kept = [], []
+    batch_size = batch_size if images.images is not None else config.data.batch_size
+    cuda = ranks.device.type == "cuda"
+    part = ranks.share(len(images))
+    for batch in all_batches(images, part, batch_size, config.data.workers, pin_memory=cuda):
+        name_bad(batch.bad)
+        with autocast(config.optim, ranks.device):
+            features.append(model(batch.images.to(ranks.device, non_blocking=True)).float())
+        kept.append(batch.indices)
+    none = torch.empty(0, config.model.embed_dim, device=ranks.device)
+    indices = torch.cat([torch.empty(0, dtype=torch.int64), *kept]).to(ranks.device)
+    return ranks.gather(torch.cat([none, *features])), ranks.gather(indices).cpu()
+
+
+def embed_readable(
+    model: EmbeddingNet, images: ImageSet, config: Config, ranks: Ranks
+) -> tuple[Tensor, ImageSet]:
+    """The embeddings of a set, and the set without the images that cannot be read."""
+    features, kept = embed(model, images, config, ranks)
+    return features, images if len(kept) == len(images) else images.subset(kept)
+
+
+def evaluate_epoch(
+    config: Config, model: EmbeddingNet, test_set: ImageSet, ranks: Ranks
+) -> tuple[tuple[Tensor, ImageSet], dict[str, float]]:
+    """What was embedded, and the columns of metrics.csv."""
+    start = time.perf_counter()
+    features, images = embed_readable(model, test_set, config, ranks)
+    middle = time.perf_counter()
+    row: dict[str, float] = ranks.agree(metrics(config, features, images) if ranks.first else None)
+    if config.storage_metric not in row:
+        raise RunError(
+            f"--storage-metric is {config.storage_metric!r}, but must be one of {', '.join(row)}"
+        )
+    row["seconds_embed"] = middle - start
+    row["seconds_evaluate"] = time.perf_counter() - middle
+    return (features, images), row
+
+
+def metrics(config: Config, features: Tensor, images: ImageSet) -> dict[str, float]:
+    """The columns of metrics.csv that an evaluation fills."""
+    labels = images.labels.to(features.device)
+    return evaluate.evaluate(
+        features, labels, images.degradation, config.seed, clustering=config.clustering
+    )
+
+
+NAMED: set[str] = set()
+
+
+def name_bad(paths: list[str]) -> None:
+    """Say once of each image that it cannot be read."""
+    for path in paths:
+        if path not in NAMED:
+            NAMED.add(path)
+            tqdm.write(f"skipped, cannot be read: {path}")
+
+
+def some_of(images: ImageSet) -> Tensor:
+    """Images of every class, as they are embedded: few of those that must first be read."""
+    count = 1000 if images.images is not None else 200
+    return images.batch(range(0, len(images), max(1, len(images) // count)))[0]
+
+
+def channel_statistics(images: ImageSet, some: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of the channels, pixels in [0, 1]: of the whole set if it is in memory."""
+    pixels = (some if images.images is None else images.images).float() / 255
+    return pixels.mean((0, 2, 3)), pixels.std((0, 2, 3)).clamp(min=1e-3)
 
 
 def build_optimiser(
-    config: OptimConfig, model: nn.Module, loss: nn.Module, total_steps: int
+    config: OptimConfig, model: EmbeddingNet, loss: nn.Module, steps: int, epochs: int
 ) -> tuple[torch.optim.Optimizer, LambdaLR]:
-    """Adam over the network and the loss's own groups, and the schedule of their learning rates."""
-    network = {"params": model.parameters(), "lr": config.lr, "weight_decay": config.weight_decay}
-    proxies = loss.param_groups(
-        config.lr,
-        proxy_lr_mult=config.proxy_lr_mult,
-        concentration_lr_mult=config.conc_lr_mult,
-        temperature_lr_mult=config.temp_lr_mult,
-    )
-    optimiser = torch.optim.Adam([network, *proxies])
+    """The network's and the loss's groups, and the schedule of their learning rates."""
+    decay = {"weight_decay": config.weight_decay}
+    head_lr = config.lr if config.embedding_lr is None else config.embedding_lr
+    groups = [
+        {"params": model.backbone_parameters(), "lr": config.lr, **decay},
+        {"params": model.head_parameters(), "lr": head_lr, **decay},
+    ]
+    if hasattr(loss, "param_groups"):
+        groups += loss.param_groups(
+            config.lr,
+            proxy_lr_mult=config.proxy_lr_mult,
+            concentration_lr_mult=config.conc_lr_mult,
+            temperature_lr_mult=config.temp_lr_mult,
+        )
+    elif own := list(loss.parameters()):
+        groups.append({"params": own, "lr": config.lr * config.proxy_lr_mult, "weight_decay": 0.0})
+    optimiser = OPTIMISERS[config.optimizer]([group for group in groups if group["params"]])
 
     def share(step: int) -> float:
-        return 0.5 * (1 + math.cos(math.pi * step / total_steps))
+        if config.schedule == "cosine":
+            return 0.5 * (1 + math.cos(math.pi * step / (steps * epochs)))
+        if config.schedule == "step":
+            return config.gamma ** sum(step // steps >= epoch for epoch in config.milestones)
+        return 1.0
 
-    return optimiser, LambdaLR(
-        optimiser, share if config.schedule == "cosine" else lambda step: 1.0
-    )
-
-
-def choose_device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # AssertionError: torch without CUDA
-        reason = str(error).splitlines()[0]
-        raise RunError(f"--device {name} cannot be used here: {reason}") from None
-    return device
+    return optimiser, LambdaLR(optimiser, share)
 
 
 def describe(
     config: Config,
-    device: torch.device,
+    ranks: Ranks,
     model: EmbeddingNet,
     train_set: ImageSet,
     test_set: ImageSet,
-    raw_recall: float,
+    raw_recall: float | None,
 ) -> None:
     """Say what is about to run."""
+    device = ranks.device
     size = sum(p.numel() for p in model.parameters())
-    backends = loss_backends(config.loss, device)
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
-    print(f"device   {device}{threads}")
-    print(f"loss     {config.loss.name}, backend {backends}")
+    several = f", {ranks.size} processes" if ranks.size > 1 else ""
+    several += ", classes spread over them" if config.class_parallel else ""
+    split = "test" if config.data.validation == "none" else "validate"
+    raw = "" if raw_recall is None else f"; raw pixels have recall@1 {raw_recall:.4f}"
+    what = "the same" if config.data.validation == "samples" else "other"
+    print(f"device   {device}{threads}{several}")
+    print(f"loss     {config.loss.name}, backend {loss_backends(config.loss, device)}")
     print(
         f"train    {len(train_set)} images of {len(train_set.classes)} classes, {config.data.name}"
     )
-    print(
-        f"test     {len(test_set)} images of {len(test_set.classes)} other classes; "
-        f"raw pixels have recall@1 {raw_recall:.4f}"
-    )
+    print(f"{split:8} {len(test_set)} images of {len(test_set.classes)} {what} classes{raw}")
     print(f"model    {config.model.backbone} to {config.model.embed_dim}, {size:,} parameters")
     print(f"run      {config.folder}", flush=True)
 
 
 def loss_backends(config: LossConfig, device: torch.device) -> str:
     """What computes each op of the loss, where it has any of its own."""
-    backend, ops = "auto", LOSS_OPS[config.name]
+    backend, ops = "auto", LOSS_OPS.get(config.name, ())
     if "proxy_nca" in ops:
         backend = config.backend
     try:
@@ -270,3 +490,15 @@ def loss_backends(config: LossConfig, device: torch.device) -> str:
     except (ValueError, RuntimeError) as error:
         raise RunError(f"--backend {config.backend}: {error}") from None
     return ", ".join(chosen) or "torch"
+
+
+def summary(config: Config, row: dict[str, float]) -> str:
+    """An epoch in one line."""
+    seconds = sum(value for name, value in row.items() if name.startswith("seconds_"))
+    shown = [f"epoch {int(row['epoch'])}/{config.epochs}", f"loss {row['loss']:.4f}"]
+    if "c_recall@1" in row:
+        shown.append(
+            f"recall@1 {row['c_recall@1']:.4f} (cosine) {row['e_recall@1']:.4f} (Euclidean)"
+        )
+        shown.append(f"MAP@R {row['c_MAP@R']:.4f}")
+    return "  ".join([*shown, f"{seconds:.1f} s"])

@@ -1,46 +1,15 @@
-"""The network, image to embedding, and the loss on top of it."""
+"""The network, image to embedding: a backbone and one linear layer."""
 
-import itertools
-from typing import Any
+import dataclasses
+import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from nivmf_fast import (
-    CosineProxyLoss,
-    ELNivMFLoss,
-    EuclideanProxyLoss,
-    KLVMFLoss,
-    NivMFLoss,
-    VMFProductKernelLoss,
-)
-from train.config import LossConfig, LossName, ModelConfig, RunError
-
-CHANNELS = {"conv": 1}  # of the images that a backbone takes
-LOSS_OPS: dict[LossName, tuple[str, ...]] = {  # of nivmf_fast, that a loss spends its time in
-    "el-nivmf": ("vmf_rsample", "proxy_nca"),
-    "el-vmf": ("vmf_log_normalizer",),
-    "b-vmf": ("vmf_log_normalizer",),
-    "kl-vmf": ("vmf_log_normalizer",),
-    "nivmf": ("proxy_nca",),
-    "l2": (),
-    "cos": (),
-}
-
-
-def conv_net(width: int) -> tuple[nn.Module, int]:
-    """Three small blocks for grey images of 28 pixels, and the number of features they end in."""
-    channels = [CHANNELS["conv"], width, 2 * width, 4 * width]
-    blocks: list[nn.Module] = []
-    for c_in, c_out in itertools.pairwise(channels):
-        for c in (c_in, c_out):
-            blocks += [
-                nn.Conv2d(c, c_out, 3, padding=1, bias=False),
-                nn.BatchNorm2d(c_out),
-                nn.ReLU(),
-            ]
-        blocks.append(nn.MaxPool2d(2))
-    return nn.Sequential(*blocks, nn.AdaptiveMaxPool2d(3), nn.Flatten()), channels[-1] * 9
+from train.backbone import Backbone, GlobalPool, build_backbone
+from train.config import ModelConfig, RunError
 
 
 class EmbeddingNet(nn.Module):
@@ -49,67 +18,126 @@ class EmbeddingNet(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, config: ModelConfig, mean: Tensor, std: Tensor) -> None:
+    def __init__(self, config: ModelConfig, backbone: Backbone) -> None:
         super().__init__()
-        self.backbone, features = conv_net(config.width)
-        self.embedding = nn.Linear(features, config.embed_dim)
-        self.register_buffer("mean", mean.view(-1, 1, 1))  # of the channels, images in [0, 1]
-        self.register_buffer("std", std.view(-1, 1, 1))
+        self.config = config
+        self.bgr = backbone.bgr
+        self.backbone = backbone.module
+        self.pool = GlobalPool(config.pooling)
+        self.embedding = nn.Linear(backbone.features, config.embed_dim)
+        if config.init_norm_multiplier is not None:
+            self.embedding.weight.data *= config.init_norm_multiplier  # as released: not the bias
+        self.register_buffer("mean", backbone.mean.view(-1, 1, 1))
+        self.register_buffer("std", backbone.std.view(-1, 1, 1))
         self.to(memory_format=torch.channels_last)
+        self.train()
 
     def forward(self, images: Tensor) -> Tensor:
+        """The embeddings [n, D], always float32, of images [n, C, H, W] of bytes."""
+        z = self._unbounded(images)
+        if self.config.max_norm is not None:
+            z = z / (1 + torch.linalg.vector_norm(z, dim=1, keepdim=True) / self.config.max_norm)
+        return F.normalize(z) if self.config.normalize_output else z
+
+    def _unbounded(self, images: Tensor) -> Tensor:
         x = (images.float() / 255 - self.mean) / self.std
-        return self.embedding(self.backbone(x.contiguous(memory_format=torch.channels_last)))
+        if self.bgr:
+            x = x.flip(1)
+        x = self.backbone(x.contiguous(memory_format=torch.channels_last))
+        if x.ndim == 4:
+            x = self.pool(x).flatten(1)
+        with torch.autocast(x.device.type, enabled=False):
+            z: Tensor = self.embedding(x.float())
+        return z
+
+    def train(self, mode: bool = True) -> "EmbeddingNet":
+        """As of any module, but that frozen BatchNorm layers stay in eval mode.
+
+        Their weight and bias are trained, as in the paper's code; only the statistics are kept.
+        """
+        super().train(mode)
+        if self.config.freeze_batchnorm:
+            for layer in self._batchnorms():
+                layer.eval()
+        return self
+
+    def head_parameters(self) -> list[nn.Parameter]:
+        """Those of the embedding layer, which may have their own learning rate."""
+        return list(self.embedding.parameters())
+
+    def backbone_parameters(self) -> list[nn.Parameter]:
+        """All others, which rest in the warm-up epochs."""
+        return list(self.backbone.parameters())
 
     @torch.no_grad()
-    def calibrate(self, images: Tensor, norm: float) -> None:
-        """Take the batch statistics from these images and scale the embeddings to a mean norm."""
-        layers = [m for m in self.modules() if isinstance(m, nn.BatchNorm2d)]
-        momenta = [layer.momentum for layer in layers]
-        for layer in layers:
-            layer.momentum = 1.0
-        self.train()(images)
-        for layer, momentum in zip(layers, momenta, strict=True):
-            layer.momentum = momentum
-        factor = norm / self.eval()(images).norm(dim=1).mean()
-        self.embedding.weight.mul_(factor)
-        self.embedding.bias.mul_(factor)
+    def calibrate(self, images: Tensor, norm: float | None) -> None:
+        """Get ready to embed in eval mode, before any training: statistics, and a mean norm.
+
+        BatchNorm layers without a past take their statistics from these images; pretrained or
+        frozen ones keep theirs. Given a norm, the embedding layer is scaled so that the images'
+        embeddings have it on average, max_norm applied.
+        """
+        parts = math.ceil(len(images) / 250)
+        batches = [images[i::parts] for i in range(parts)]  # strided: all of many classes
+        if self.config.pretrained == "none" and not self.config.freeze_batchnorm:
+            layers = self._batchnorms()
+            momenta = [layer.momentum for layer in layers]
+            for layer in layers:
+                layer.reset_running_stats()
+                layer.momentum = None  # the mean over the batches
+            self.train()
+            for batch in batches:
+                self(batch)
+            for layer, momentum in zip(layers, momenta, strict=True):
+                layer.momentum = momentum
+        self.eval()
+        if norm is not None:
+            _check_below(norm, self.config.max_norm)
+            norms = torch.cat([self._unbounded(batch).double().norm(dim=1) for batch in batches])
+            factor = _scale_to_mean(norms, norm, self.config.max_norm)
+            self.embedding.weight.mul_(factor)
+            self.embedding.bias.mul_(factor)
+
+    def _batchnorms(self) -> list[_BatchNorm]:
+        return [layer for layer in self.modules() if isinstance(layer, _BatchNorm)]
 
 
-def build_loss(config: LossConfig, num_classes: int, embed_dim: int) -> nn.Module:
-    """The loss of that name, as the paper calls them."""
-    common: dict[str, Any] = {
-        "concentration": config.concentration,
-        "temperature": config.temperature,
-        "learn_temperature": config.learn_temperature,
-        "guidance_weight": config.guidance_weight,
-    }
-    density: dict[str, Any] = {"normalizer": config.normalizer, "projection": config.projection}
-    try:
-        match config.name:
-            case "el-nivmf":
-                return ELNivMFLoss(
-                    num_classes,
-                    embed_dim,
-                    n_samples=config.n_samples,
-                    temperature_outside=config.temperature_outside,
-                    backend=config.backend,
-                    **density,
-                    **common,
-                )
-            case "el-vmf":
-                return VMFProductKernelLoss(num_classes, embed_dim, rho=1.0, **common)
-            case "b-vmf":
-                return VMFProductKernelLoss(num_classes, embed_dim, rho=0.5, **common)
-            case "kl-vmf":
-                return KLVMFLoss(num_classes, embed_dim, **common)
-            case "nivmf":
-                return NivMFLoss(
-                    num_classes, embed_dim, backend=config.backend, **density, **common
-                )
-            case "l2":
-                return EuclideanProxyLoss(num_classes, embed_dim, **common)
-            case "cos":
-                return CosineProxyLoss(num_classes, embed_dim, **common)
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise RunError(f"loss {config.name}: {error}") from None
+def _check_below(norm: float | None, bound: float | None) -> None:
+    if norm is not None and bound is not None and norm >= bound:
+        raise RunError(f"--init-norm is {norm}, but must be below --max-norm, which is {bound}")
+
+
+def _scale_to_mean(norms: Tensor, mean: float, bound: float | None) -> float:
+    """The factor after which norms r / (1 + r / bound) have that mean."""
+    rate = 1 / bound if bound else 0.0
+    # The mean of r / (1 / factor + rate * r) falls as 1 / factor rises: bisect. The root for norms
+    # that all equal their mean is never below the true one (Jensen), and is it without a bound.
+    low, high = 0.0, norms.mean().item() * (1 / mean - rate)
+    for _ in range(60):
+        middle = (low + high) / 2
+        if (norms / (middle + rate * norms)).mean() > mean:
+            low = middle
+        else:
+            high = middle
+    return 1 / high
+
+
+def build_model(
+    config: ModelConfig,
+    mean_std: tuple[Tensor, Tensor] | None = None,
+    image_size: int | None = None,
+) -> EmbeddingNet:
+    """The network as configured, for square images of that size.
+
+    mean_std are those of the training images' channels, for a backbone that no other images have
+    seen (conv); without them the network waits for a state dict that holds them. A transformer's
+    position embeddings are made for image_size, or its own size by default.
+    """
+    if config.normalize_output and (config.init_norm or config.max_norm):
+        flag = "--init-norm" if config.init_norm else "--max-norm"
+        raise RunError(f"{flag} has no use with --normalize-output, where every norm is 1")
+    _check_below(config.init_norm, config.max_norm)
+    backbone = build_backbone(config, image_size)
+    if config.backbone == "conv" and mean_std is not None:
+        backbone = dataclasses.replace(backbone, mean=mean_std[0], std=mean_std[1])
+    return EmbeddingNet(config, backbone)

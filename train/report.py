@@ -22,6 +22,7 @@ from train.run_folder import RunFolder
 REPORT = "report.html"
 TILE, GAP = 84, 6  # pixels of a picture in a mosaic, and between two
 RIGHT, WRONG, INK, ACCENT, SOFT = "#2a9d5c", "#d1495b", "#22303c", "#2b6cb0", "#9db4c8"
+LINE: dict[str, Any] = {"color": ACCENT, "ms": 4}
 STYLE: dict[str, Any] = {
     "font.size": 11,
     "axes.spines.top": False,
@@ -44,7 +45,7 @@ def write(
     history: list[dict[str, float]],
     features: Tensor,
     test_set: ImageSet,
-    raw_recall: float,
+    raw_recall: float | None,
 ) -> None:
     """Write curves.png, certainty.png, gallery.png, norm.png and, last of all, report.html."""
     found = retrieve(features, test_set.labels, "c")
@@ -57,27 +58,30 @@ def write(
             "gallery.png": gallery(test_set, norm, found, right),
             "curves.png": curves(history, raw_recall),
         }
-        pictures = {name: _png(figure) for name, figure in figures.items()}
+        pictures = {name: png(figure) for name, figure in figures.items()}
     for name, picture in pictures.items():
         folder.write(name, picture)
     folder.write(REPORT, page(config, history, raw_recall, test_set, pictures).encode())
 
 
-def curves(history: list[dict[str, float]], raw_recall: float) -> Figure:
+def curves(history: list[dict[str, float]], raw_recall: float | None) -> Figure:
     """Loss and retrieval by epoch."""
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
-    epochs = [row["epoch"] for row in history]
-    left.plot(epochs, [row["loss"] for row in history], "o-", color=ACCENT, ms=4)
+    left.plot([row["epoch"] for row in history], [row["loss"] for row in history], "o-", **LINE)
     left.set(title="Training loss", xlabel="epoch")
+    evaluated = [row for row in history if "c_recall@1" in row]
+    epochs = [row["epoch"] for row in evaluated]
     lines = [
         ("c_recall@1", "recall@1, cosine", ACCENT),
         ("e_recall@1", "recall@1, Euclidean", "#e08e2b"),
         ("c_MAP@R", "MAP@R, cosine", "#7b5ea7"),
     ]
     for name, label, colour in lines:
-        right.plot(epochs, [row[name] for row in history], "o-", color=colour, label=label, ms=4)
-    right.axhline(raw_recall, color="#8894a0", ls="--", lw=1, label="recall@1 of raw pixels")
+        values = [row[name] for row in evaluated]
+        right.plot(epochs, values, "o-", **LINE | {"color": colour}, label=label)
+    if raw_recall is not None:
+        right.axhline(raw_recall, color="#8894a0", ls="--", lw=1, label="recall@1 of raw pixels")
     right.set(title="Retrieval on unseen classes", xlabel="epoch", ylim=(0, 1))
     right.legend(loc="upper left", ncols=2, fontsize=9)
     for axes in (left, right):
@@ -178,8 +182,7 @@ def _tenths(
 
 def _tile(test_set: ImageSet, index: int, frame: str) -> NDArray[np.uint8]:
     """One image with a frame, on white."""
-    pixels = test_set.images[index].permute(1, 2, 0).squeeze(-1).numpy()
-    image = Image.fromarray(pixels).convert("RGB").resize((TILE, TILE), Image.Resampling.BICUBIC)
+    image = test_set.thumbnail(index, TILE)
     line = GAP // 2
     framed = Image.new("RGB", (TILE + 2 * line,) * 2, frame)
     framed.paste(image, (line, line))
@@ -198,7 +201,7 @@ def _show(axes: Any, picture: NDArray[np.uint8]) -> None:
     axes.axis("off")
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=140, facecolor="white")
     return buffer.getvalue()
@@ -209,7 +212,7 @@ CAPTIONS = {
     "frame: the nearest neighbour shows the same class; red: it does not.",
     "norm.png": "Does the norm know how good an image is, and when retrieval will fail?",
     "gallery.png": "Queries from all over the range of certainty, the surest on top, with their "
-    "nearest neighbours by cosine among the images of classes that were never trained on.",
+    "nearest neighbours by cosine among the images evaluated on.",
     "curves.png": "The course of the run.",
 }
 CSS = """
@@ -228,10 +231,14 @@ pre { background: var(--soft); padding: 1rem; border-radius: .6rem; overflow-x: 
 """
 
 
+def _cell(value: float | None) -> str:
+    return "<td></td>" if value is None else f"<td>{value:.4g}</td>"
+
+
 def page(
     config: Config,
     history: list[dict[str, float]],
-    raw_recall: float,
+    raw_recall: float | None,
     test_set: ImageSet,
     pictures: dict[str, bytes],
 ) -> str:
@@ -240,12 +247,13 @@ def page(
     cards = [
         ("recall@1, cosine", last["c_recall@1"]),
         ("recall@1, Euclidean", last["e_recall@1"]),
-        ("recall@1 of raw pixels", raw_recall),
         ("MAP@R, cosine", last["c_MAP@R"]),
         ("AUROC of right or wrong, from the norm", last["auroc_norm"]),
     ]
     if "spearman_norm_degradation" in last:
         cards.append(("Spearman of norm and degradation", last["spearman_norm_degradation"]))
+    if raw_recall is not None:
+        cards.append(("recall@1 of raw pixels", raw_recall))
     boxes = "".join(f"<div><b>{value:.3f}</b>{label}</div>" for label, value in cards)
     figures = "".join(
         f"<figure><figcaption>{CAPTIONS[name]}</figcaption>"
@@ -253,15 +261,16 @@ def page(
         for name, data in pictures.items()
     )
     table = "".join(
-        f"<tr><th>{name}</th>" + "".join(f"<td>{row[name]:.4g}</td>" for row in history) + "</tr>"
+        f"<tr><th>{name}</th>{''.join(_cell(row.get(name)) for row in history)}</tr>"
         for name in last
     )
+    unseen = "" if config.data.validation == "samples" else " that were never trained on"
     title = html.escape(f"{config.loss.name} on {config.data.name}")
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
 <meta name="viewport" content="width=device-width"><style>{CSS}</style></head><body>
 <h1>{title}</h1>
-<p>{len(test_set):,} test images of {len(test_set.classes)} classes that were never trained on;
+<p>{len(test_set):,} test images of {len(test_set.classes)} classes{unseen};
 epoch {int(last["epoch"])} of {config.epochs}, seed {config.seed}.</p>
 <div class="cards">{boxes}</div>
 {figures}

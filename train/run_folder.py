@@ -5,6 +5,7 @@ import csv
 import dataclasses
 import io
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 
 from train.config import Config, RunError
 
-LAST, BEST = "checkpoint_last.pt", "checkpoint_best.pt"
+LAST, PREVIOUS, BEST = "checkpoint_last.pt", "checkpoint_previous.pt", "checkpoint_best.pt"
 
 
 class RunFolder:
@@ -29,6 +30,8 @@ class RunFolder:
             raise RunError(
                 f"{path} is not empty: continue that run with --resume, or give another --out"
             )
+        for file in path.glob(".*.*.beside"):  # of a process that was killed while writing
+            file.unlink()
         return cls(path)
 
     def create(self, config: Config) -> None:
@@ -38,15 +41,20 @@ class RunFolder:
             stored = dataclasses.replace(config, resume=False)
             self.write("config.json", stored.to_json().encode())
 
-    def write(self, name: str, content: bytes) -> None:
-        """Write beside and rename: at every moment the file is the old one or the new one."""
+    def write(self, name: str, content: bytes, keep: str | None = None) -> None:
+        """Write beside and rename: at every moment the file is the old one or the new one.
+
+        With `keep` the old one stays under that name.
+        """
         target = self.path / name
-        beside = target.with_name(f".{name}.{os.getpid()}")
+        beside = target.with_name(f".{name}.{os.getpid()}.beside")
         try:
             with beside.open("wb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
+            if keep and target.exists():
+                target.replace(self.path / keep)
             beside.replace(target)
         except OSError as error:
             error.filename = str(target)  # a full disk does not say which file
@@ -55,33 +63,83 @@ class RunFolder:
             with contextlib.suppress(OSError):
                 beside.unlink()
 
-    def save(self, name: str, state: dict[str, Any]) -> None:
-        buffer = (
-            io.BytesIO()
-        )  # torch.save to a full disk would raise a RuntimeError that does not say so
-        torch.save(state, buffer)
-        self.write(name, buffer.getvalue())
+    def save(self, state: dict[str, Any]) -> None:
+        """Write the last checkpoint; the one before it is kept too."""
+        self.write(LAST, serialised(state), keep=PREVIOUS)
 
-    def load(self, name: str, device: torch.device) -> dict[str, Any] | None:
-        """A checkpoint's state, or None where there is none."""
-        path = self.path / name
-        if not path.exists():
-            return None
-        try:
-            state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
-        except Exception as error:  # damaged bytes make the unpickler fail in any way
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise RunError(f"{path} is not a readable checkpoint ({reason})") from None
-        return state
+    def load(self, device: torch.device) -> dict[str, Any] | None:
+        """The last checkpoint that can be read, or None where there is none."""
+        error = None
+        for name in (LAST, PREVIOUS):
+            if (self.path / name).exists():
+                try:
+                    state = read_checkpoint(self.path / name, device)
+                except RunError as unreadable:
+                    error = error or unreadable
+                    continue
+                if error:
+                    print(f"{error}: going on from {name}")
+                return state
+        if error:
+            raise error
+        return None
+
+    def drop_classes(self) -> None:
+        """Delete what no checkpoint refers to of the classes that are saved beside them."""
+        files = [self.path / name for name in (LAST, PREVIOUS, BEST)]
+        needed = {
+            torch.load(file, map_location="cpu", mmap=True, weights_only=True).get("classes")
+            for file in files
+            if file.exists()
+        }
+        for folder in self.path.glob("classes-*"):
+            if folder.name not in needed:
+                shutil.rmtree(folder, ignore_errors=True)
 
     def write_metrics(self, history: list[dict[str, float]]) -> None:
         """metrics.csv, one row per epoch; last the seconds, which alone differ in equal runs."""
-        names = sorted(history[0], key=lambda name: name.startswith("seconds_"))
+        names = {name: None for row in history for name in row}  # not all epochs are evaluated
+        ordered = sorted(names, key=lambda name: name.startswith("seconds_"))
         text = io.StringIO()
-        writer = csv.DictWriter(text, names, lineterminator="\n")
+        writer = csv.DictWriter(text, ordered, lineterminator="\n")
         writer.writeheader()
         writer.writerows(
             {k: f"{v:.2f}" if k.startswith("seconds_") else repr(v) for k, v in row.items()}
             for row in history
         )
         self.write("metrics.csv", text.getvalue().encode())
+
+
+def serialised(state: dict[str, Any]) -> bytes:
+    buffer = io.BytesIO()  # torch.save to a full disk would raise an error that does not say so
+    torch.save(state, buffer)
+    return buffer.getvalue()
+
+
+def read_checkpoint(path: Path, device: torch.device) -> dict[str, Any]:
+    """What a checkpoint file holds."""
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+        if not isinstance(state, dict):
+            raise TypeError("it holds no dictionary")
+    except FileNotFoundError:
+        raise RunError(f"there is no checkpoint {path}") from None
+    except Exception as error:  # damaged bytes make the unpickler fail in any way
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise RunError(f"{path} is not a readable checkpoint ({reason})") from None
+    return state
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The rows of a metrics.csv, without what an epoch did not evaluate."""
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        values = [{k: float(v) for k, v in row.items() if v not in ("", None)} for row in rows]
+    except FileNotFoundError:
+        raise RunError(f"there is no {path}: is it the folder of a run?") from None
+    except (OSError, TypeError, ValueError) as error:
+        raise RunError(f"{path} is not a table of metrics: {error}") from None
+    if not values:
+        raise RunError(f"{path} holds no epoch")
+    return values

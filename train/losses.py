@@ -1,0 +1,401 @@
+"""Every loss that a run knows by name, and the door for one's own.
+
+| loss | from | takes a miner |
+|---|---|---|
+| el-nivmf, el-vmf, b-vmf, kl-vmf, nivmf, l2, cos | nivmf_fast | no: it compares with proxies |
+| proxy-anchor, proxy-nca, normalized-softmax, arcface, soft-triple | pytorch-metric-learning | no |
+| triplet, margin, contrastive, multi-similarity, lifted, n-pair, angular, snr | likewise | yes |
+| package.module:factory | you | no: it may mine inside |
+"""
+
+import contextlib
+import importlib
+import inspect
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nivmf_fast import (
+    CosineProxyLoss,
+    ELNivMFLoss,
+    EuclideanProxyLoss,
+    KLVMFLoss,
+    NivMFLoss,
+    VMFProductKernelLoss,
+    distributed,
+)
+from train.config import INHERITED_LOSSES, PAPER_LOSSES, LossConfig, RunError, nearest
+
+LOSS_OPS: dict[str, tuple[str, ...]] = {  # of nivmf_fast, that a loss spends its time in
+    "el-nivmf": ("vmf_rsample", "proxy_nca"),
+    "el-vmf": ("vmf_log_normalizer",),
+    "b-vmf": ("vmf_log_normalizer",),
+    "kl-vmf": ("vmf_log_normalizer",),
+    "nivmf": ("proxy_nca",),
+    "l2": (),
+    "cos": (),
+    **dict.fromkeys(INHERITED_LOSSES, ()),
+}
+
+
+@dataclass(frozen=True)
+class Inherited:
+    """A class of pytorch-metric-learning, with the arguments that the released code gives it."""
+
+    kind: str
+    defaults: dict[str, Any] = field(default_factory=dict)
+    takes_miner: bool = False
+
+
+LOSSES = {
+    "proxy-anchor": Inherited("ProxyAnchorLoss", {"margin": 0.1, "alpha": 32}),
+    # of embeddings and proxies of length 3, hence 3^2 times the squared distance of directions
+    "proxy-nca": Inherited("ProxyNCALoss", {"softmax_scale": 9.0}),
+    "normalized-softmax": Inherited("NormalizedSoftmaxLoss", {"temperature": 0.05}),
+    "arcface": Inherited("ArcFaceLoss", {"margin": math.degrees(0.5), "scale": 16}),
+    "soft-triple": Inherited(
+        "SoftTripleLoss",
+        {"centers_per_class": 2, "la": 8, "gamma": 0.1, "margin": 0.01, "weight_reg_weight": 0.2},
+    ),
+    "triplet": Inherited("TripletMarginLoss", {"margin": 0.2}, True),
+    "margin": Inherited(
+        "MarginLoss", {"margin": 0.2, "nu": 0.0, "beta": 1.2, "learn_beta": True}, True
+    ),
+    "contrastive": Inherited("ContrastiveLoss", {"pos_margin": 0.0, "neg_margin": 1.0}, True),
+    "multi-similarity": Inherited(
+        "MultiSimilarityLoss", {"alpha": 2.0, "beta": 40.0, "base": 0.5}, True
+    ),
+    "lifted": Inherited(
+        "GeneralizedLiftedStructureLoss",
+        {"neg_margin": 1.0, "pos_margin": 0.0, "embedding_reg_weight": 0.005},
+        True,
+    ),
+    "n-pair": Inherited("NPairsLoss", {"embedding_reg_weight": 0.005}, True),
+    "angular": Inherited("AngularLoss", {"alpha": 45.0}, True),
+    "snr": Inherited("TripletMarginLoss", {"margin": 0.2, "embedding_reg_weight": 0.005}, True),
+}
+MINERS = {
+    "distance-weighted": Inherited(
+        "DistanceWeightedMiner", {"cutoff": 0.5, "nonzero_loss_cutoff": 1.4}
+    ),
+    "semihard": Inherited("TripletMarginMiner", {"margin": 0.2, "type_of_triplets": "semihard"}),
+    "hard": Inherited("TripletMarginMiner", {"margin": 0.2, "type_of_triplets": "hard"}),
+    "all": Inherited("TripletMarginMiner", {"margin": 0.2, "type_of_triplets": "all"}),
+    "easy-hard": Inherited("BatchEasyHardMiner"),
+    "batch-hard": Inherited("BatchHardMiner"),
+    "multi-similarity": Inherited("MultiSimilarityMiner", {"epsilon": 0.1}),
+    "pair-margin": Inherited("PairMarginMiner", {"pos_margin": 0.2, "neg_margin": 0.8}),
+    "angular": Inherited("AngularMiner", {"angle": 20}),
+}
+
+
+def build_loss(
+    config: LossConfig, num_classes: int, embed_dim: int, class_parallel: bool = False
+) -> nn.Module:
+    """The loss of that name; all are called as `loss(embeddings, labels, seed=, image_offset=)`."""
+    _check(config)
+    if config.name in PAPER_LOSSES:
+        return _paper_loss(config, num_classes, embed_dim, class_parallel)
+    if class_parallel:
+        known = ", ".join(PAPER_LOSSES)
+        raise RunError(f"--class-parallel goes with {known}, not with --loss {config.name}")
+    if config.name in LOSSES:
+        return _inherited_loss(config, num_classes, embed_dim)
+    return OwnLoss(_own_loss(config, num_classes, embed_dim))
+
+
+def _check(config: LossConfig) -> None:
+    """Raise a RunError for an option that this loss would silently go without."""
+    name, paper = config.name, config.name in PAPER_LOSSES
+    if config.miner != "none" and not (name in LOSSES and LOSSES[name].takes_miner):
+        takers = ", ".join(other for other, entry in LOSSES.items() if entry.takes_miner)
+        raise RunError(f"--miner {config.miner} goes with {takers}, not with --loss {name}")
+    if config.miner == "none" and json.loads(config.miner_options):
+        raise RunError(f"--miner-options {config.miner_options} need a --miner")
+    if paper and json.loads(config.loss_options):
+        raise RunError(
+            f"--loss-options are for inherited losses and your own; {name} has flags: see --help"
+        )
+    for flag, unused in (
+        ("--guidance-weight 0", config.guidance_weight == 0),
+        ("--no-bindev", not config.bindev),
+        ("--negative-share 1", config.negative_share == 1),
+    ):
+        if not (paper or unused):
+            raise RunError(f"--loss {name} needs {flag}: that is for the paper's losses only")
+
+
+def _paper_loss(
+    config: LossConfig, num_classes: int, embed_dim: int, class_parallel: bool
+) -> nn.Module:
+    common: dict[str, Any] = {
+        "concentration": config.concentration,
+        "temperature": config.temperature,
+        "learn_temperature": config.learn_temperature,
+        "guidance_weight": config.guidance_weight,
+        "form": "bindev" if config.bindev else "nca",
+        "bindev_alpha": config.bindev_alpha,
+        "bindev_delta": config.bindev_delta,
+        "bindev_axis": config.bindev_axis,
+        "negative_share": config.negative_share,
+    }
+    density: dict[str, Any] = {
+        "normalizer": config.normalizer,
+        "projection": config.projection,
+        "backend": config.backend,
+    }
+    sampled = {"n_samples": config.n_samples, "temperature_outside": config.temperature_outside}
+    kind, options = {
+        "el-nivmf": (ELNivMFLoss, sampled | density),
+        "el-vmf": (VMFProductKernelLoss, {"rho": 1.0}),
+        "b-vmf": (VMFProductKernelLoss, {"rho": 0.5}),
+        "kl-vmf": (KLVMFLoss, {}),
+        "nivmf": (NivMFLoss, density),
+        "l2": (EuclideanProxyLoss, {}),
+        "cos": (CosineProxyLoss, {}),
+    }[config.name]
+    if class_parallel:
+        kind = getattr(distributed, f"ClassParallel{kind.__name__}")
+    try:
+        return kind(num_classes, embed_dim, **options, **common)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise RunError(f"loss {config.name}: {error}") from None
+
+
+# --- from pytorch-metric-learning
+
+
+class InheritedLoss(nn.Module):
+    """A loss of pytorch-metric-learning and its miner, called and trained as the paper's are."""
+
+    decomposes = False  # into terms of single images
+
+    def __init__(self, loss: nn.Module, miner: nn.Module | None = None) -> None:
+        super().__init__()
+        self.loss, self.miner = loss, miner
+
+    def forward(
+        self,
+        embeddings: Tensor,
+        labels: Tensor,
+        *,
+        seed: int | Tensor | None = None,
+        image_offset: int = 0,
+    ) -> Tensor:
+        """Loss of the batch in float32; `seed` decides what a miner draws."""
+        e = _full_precision(embeddings)
+        with torch.autocast(e.device.type, enabled=False), _seeded(seed, e.device):
+            return self.loss(e, labels, self.miner(e, labels) if self.miner else None)
+
+    @torch.no_grad()
+    def warmstart(self, embeddings: Tensor, labels: Tensor) -> None:
+        """Start every proxy at the mean direction of its class, its length kept.
+
+        soft-triple keeps its random start: equal centres of a class would stay equal.
+        """
+        weight = getattr(self.loss, "W", None)
+        proxies = getattr(self.loss, "proxies", None) if weight is None else weight.T
+        if proxies is None:
+            return
+        directions = nn.functional.normalize(embeddings.to(proxies), dim=-1)
+        mean = torch.zeros_like(proxies).index_add_(0, labels.to(proxies.device), directions)
+        length = torch.linalg.vector_norm(proxies, dim=-1, keepdim=True)
+        started = nn.functional.normalize(mean, dim=-1) * length
+        proxies.copy_(torch.where((mean != 0).any(-1, keepdim=True), started, proxies))
+
+    def param_groups(
+        self,
+        lr: float,
+        *,
+        proxy_lr_mult: float = 1.0,
+        concentration_lr_mult: float = 1.0,
+        temperature_lr_mult: float = 1.0,
+    ) -> list[dict[str, Any]]:
+        """One group, without weight decay, of what the loss learns: proxies or margins."""
+        return _one_group(self.loss, lr * proxy_lr_mult)
+
+
+def _inherited_loss(config: LossConfig, num_classes: int, embed_dim: int) -> InheritedLoss:
+    try:
+        from pytorch_metric_learning import distances, losses, miners, regularizers
+    except ImportError as error:
+        raise RunError(
+            f"--loss {config.name} needs pytorch-metric-learning ({error}): "
+            "pip install pytorch-metric-learning"
+        ) from None
+    kind = getattr(losses, LOSSES[config.name].kind)
+    options = _options(
+        "--loss-options", config.name, LOSSES[config.name], kind, config.loss_options
+    )
+    learned = {"num_classes": num_classes, "embedding_size": embed_dim}
+    fixed: dict[str, Any] = {
+        name: value
+        for name, value in learned.items()
+        if name in inspect.signature(kind.__init__).parameters
+    }
+    with _clear("--loss-options", config.name):
+        match config.name:
+            case "lifted":  # of raw embeddings, hence with a penalty on their length
+                fixed["distance"] = distances.LpDistance(normalize_embeddings=False)
+                fixed["embedding_regularizer"] = regularizers.LpRegularizer()
+            case "n-pair":  # likewise
+                fixed["distance"] = distances.DotProductSimilarity(normalize_embeddings=False)
+                fixed["embedding_regularizer"] = regularizers.LpRegularizer()
+            case "snr":
+                fixed["distance"] = distances.SNRDistance()
+                fixed["embedding_regularizer"] = regularizers.ZeroMeanRegularizer()
+            case "soft-triple" if options["weight_reg_weight"] and options["centers_per_class"] > 1:
+                fixed["weight_regularizer"] = regularizers.SparseCentersRegularizer(
+                    num_classes, options["centers_per_class"]
+                )
+        loss = kind(**fixed, **options)
+    if config.miner == "none":
+        return InheritedLoss(loss)
+    entry = MINERS[config.miner]
+    kind = getattr(miners, entry.kind)
+    options = _options("--miner-options", config.miner, entry, kind, config.miner_options)
+    with _clear("--miner-options", config.miner):
+        return InheritedLoss(loss, kind(**options))
+
+
+def _options(flag: str, name: str, entry: Inherited, kind: type, text: str) -> dict[str, Any]:
+    """The defaults, overridden by the options given."""
+    own = inspect.signature(kind.__init__).parameters.values()
+    defaults = {p.name: p.default for p in own if p.default is not inspect.Parameter.empty}
+    defaults |= entry.defaults
+    defaults.pop("num_classes", None)  # of a loss that can do without
+    given = json.loads(text)
+    for key, value in given.items():
+        if key not in defaults:
+            accepted = ", ".join(sorted(defaults)) or "none"
+            raise RunError(
+                f"{flag} of {name}: unknown {key!r}{nearest(key, defaults)}; it accepts {accepted}"
+            )
+        default = defaults[key]
+        number = isinstance(default, (int, float)) and not isinstance(default, bool)
+        if isinstance(default, bool) != isinstance(value, bool) or (
+            number and not isinstance(value, (int, float))
+        ):
+            like = json.dumps(default)
+            raise RunError(f"{flag} of {name}: {key} is {value!r}, but must be as {like} is")
+    return entry.defaults | given
+
+
+@contextlib.contextmanager
+def _clear(flag: str, name: str) -> Iterator[None]:
+    try:
+        yield
+    except (AssertionError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split()) or "values that it refuses"
+        raise RunError(f"{flag} of {name}: {reason}") from None
+
+
+# --- one's own
+
+
+class OwnLoss(nn.Module):
+    """A module called as `loss(embeddings, labels)`, with what it lacks of a run's needs.
+
+    `seed` and `image_offset` of its forward, `param_groups`, `warmstart`, `decomposes` and
+    `temperature` are used if it has them; see `nivmf_fast.losses.ProxyLoss` for their meaning.
+    """
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        self.decomposes = bool(getattr(inner, "decomposes", False))
+
+    @property
+    def temperature(self) -> Any:
+        return self.inner.temperature
+
+    def forward(
+        self,
+        embeddings: Tensor,
+        labels: Tensor,
+        *,
+        seed: int | Tensor | None = None,
+        image_offset: int = 0,
+    ) -> Tensor:
+        e = _full_precision(embeddings)
+        extra = _accepted(self.inner.forward, seed=seed, image_offset=image_offset)
+        with torch.autocast(e.device.type, enabled=False):
+            return self.inner(e, labels, **extra)
+
+    def warmstart(self, embeddings: Tensor, labels: Tensor) -> None:
+        if hasattr(self.inner, "warmstart"):
+            self.inner.warmstart(embeddings, labels)
+
+    def param_groups(self, lr: float, **multipliers: float) -> list[dict[str, Any]]:
+        if hasattr(self.inner, "param_groups"):
+            groups = self.inner.param_groups
+            return list(groups(lr, **_accepted(groups, **multipliers)))
+        return _one_group(self.inner, lr * multipliers.get("proxy_lr_mult", 1.0))
+
+
+def _own_loss(config: LossConfig, num_classes: int, embed_dim: int) -> nn.Module:
+    path, _, attribute = config.name.partition(":")
+    if not path or not attribute:
+        raise RunError(f"--loss is {config.name!r}, but must be as in package.module:factory")
+    try:
+        module = importlib.import_module(path)
+    except ImportError as error:
+        raise RunError(
+            f"--loss {config.name}: {error}; is it installed, or in this folder?"
+        ) from None
+    if not callable(factory := getattr(module, attribute, None)):
+        hint = nearest(attribute, vars(module))
+        raise RunError(f"--loss {config.name}: {path} has no function {attribute}{hint}")
+    options = json.loads(config.loss_options)
+    signature = inspect.signature(factory)
+    try:
+        signature.bind(num_classes, embed_dim, **options)
+    except TypeError as error:
+        raise RunError(
+            f"--loss {config.name} is called with (num_classes, embed_dim, **loss_options), but is "
+            f"{attribute}{signature}: {error}"
+        ) from None
+    loss = factory(num_classes, embed_dim, **options)
+    if not isinstance(loss, nn.Module):
+        raise RunError(
+            f"--loss {config.name} must return a torch.nn.Module, but returned a "
+            f"{type(loss).__name__}"
+        )
+    return loss
+
+
+# --- common to both
+
+
+def _full_precision(embeddings: Tensor) -> Tensor:
+    return embeddings if embeddings.dtype == torch.float64 else embeddings.float()
+
+
+@contextlib.contextmanager
+def _seeded(seed: int | Tensor | None, device: torch.device) -> Iterator[None]:
+    """Random numbers that depend on the seed alone, and leave the others of the run as they are."""
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(int(seed))
+        yield
+
+
+def _one_group(loss: nn.Module, lr: float) -> list[dict[str, Any]]:
+    parameters = list(loss.parameters())
+    group = {"name": "proxies", "params": parameters, "lr": lr, "weight_decay": 0.0}
+    return [group] if parameters else []
+
+
+def _accepted(function: Callable[..., Any], **values: Any) -> dict[str, Any]:
+    """Those of the keyword arguments that the function has."""
+    parameters = inspect.signature(function).parameters
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        return values
+    return {name: value for name, value in values.items() if name in parameters}
