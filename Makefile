@@ -2,11 +2,14 @@
 # make demo     train, evaluate and report on rendered glyphs (a few minutes, no data set, no GPU)
 # make test     lint and every test
 # make lint     ruff, mypy, clang-format
-# make gpu      where a GPU, torch and nvcc are and nothing may be installed: build in place with
-#               $(PYTHON), run the tests of every backend, time the kernels; each part has a limit
+# make bench    every figure that a CPU can show, to benchmarks/results (6 minutes, best undisturbed)
+# make gpu      where a GPU, torch and nvcc are and nothing may be installed: with $(PYTHON), build
+#               in place, test every backend, measure; 9 minutes at most, each part in its own time
+# make gpu-quick   the same in 3 minutes: build, tests, headline figures
 # make clean    remove what was built (make distclean: the virtual environment too)
 #
-# PYTHON=python3.12 chooses the interpreter of a new .venv; ARGS="..." goes to the demo or to pytest.
+# PYTHON=python3.12 chooses the interpreter of a new .venv; ARGS="..." goes to the demo, pytest or
+# the benchmarks.
 # NIVMF_CUDA and NIVMF_REQUIRE_EXT are explained in setup.py.
 
 PYTHON ?= python3
@@ -24,7 +27,7 @@ SWITCHES := NIVMF_CUDA=$(NIVMF_CUDA) NIVMF_REQUIRE_EXT=$(NIVMF_REQUIRE_EXT) $(TO
 FAIL = { echo "make: $(1)" >&2; exit 1; }
 
 .DELETE_ON_ERROR:
-.PHONY: install demo test lint gpu clean distclean compiler FORCE
+.PHONY: install demo test lint bench gpu gpu-quick clean distclean compiler FORCE
 
 install: $(INSTALLED)
 
@@ -40,17 +43,14 @@ lint: $(INSTALLED)
 	$(RUN) -m mypy
 	$(VENV)/bin/clang-format --dry-run -Werror $(KERNELS) $(wildcard tests/*.cpp)
 
-GPU_TESTS := $(addprefix tests/test_,special.py vmf_rsample.py triton_sampler.py log_ppk.py \
-  log_ppk_cuda.py triton_log_ppk.py)
+bench: $(INSTALLED)
+	$(RUN) -m benchmarks all $(ARGS)
 
 gpu:
-	NIVMF_CUDA=1 NIVMF_REQUIRE_EXT=1 $(PYTHON) setup.py build_ext --inplace
-	$(PYTHON) -m nivmf_fast
-	-timeout 270 $(PYTHON) -m pytest --override-ini=addopts=-ra $(GPU_TESTS) $(ARGS)
-	-timeout 60 $(PYTHON) -m benchmarks --quick --op vmf_rsample --shape cub-512 \
-	  --json benchmarks/results/gpu-vmf_rsample.json
-	-timeout 120 $(PYTHON) -m benchmarks --quick --op proxy_nca --shape cub-128 cub-512 sop-512 \
-	  --json benchmarks/results/gpu-proxy_nca.json
+	$(PYTHON) -m benchmarks gpu $(ARGS)
+
+gpu-quick:
+	$(PYTHON) -m benchmarks gpu --quick $(ARGS)
 
 # torch comes first because the kernels are compiled against the torch that is installed; without
 # build isolation setuptools is the pinned one too. An edit of the kernels alone only rebuilds.

@@ -1,29 +1,39 @@
-"""Time this library's kernels beside what one would use without them.
+"""Time this library beside what one would use without it, and see where the time goes.
 
-python -m benchmarks --op proxy_nca --shape cub-128 cub-512 sop-512
-python -m benchmarks --op vmf_rsample --shape cub-512 --json results.json
-python -m benchmarks --quick
+python -m benchmarks --op proxy_nca --shape cub-128 sop-512    kernels beside their baselines
+python -m benchmarks --json new.json --against old.json        what became slower? exit code 1
+python -m benchmarks all                                       all that a CPU can show, to results/
+python -m benchmarks gpu                                       the same for a GPU (`make gpu`)
+python -m benchmarks ceilings                                  copies and matrix products at best
+python -m benchmarks growth                                    exponents of time and memory
+python -m benchmarks step                                      a small step, op by op
+python -m benchmarks train                                     a glyph run, stage by stage
+python -m benchmarks resnet                                    the loss's share in a ResNet-50 step
+python -m benchmarks scale                                     classes over processes, up to 1e8
+python -m benchmarks readme                                    README's figures from results/
 """
 
 import argparse
-import json
-import platform
-import subprocess
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import nivmf_fast
-from benchmarks import timing
+from benchmarks import gpu, report, scale, timing, training
 from benchmarks.cases import CASES, SHAPES, Problem, tangential, truth
 from benchmarks.samplers import moment_error
 
 STANDARD_ERRORS = 5  # that a sampler's mean cosine may be off
 TOLERANCE = 0.05  # of a case against float64: all compute the same thing, or the time says nothing
+QUICK = 0.2  # seconds per case
+
+Found = dict[str, Any]
 
 
-def run(problem: Problem, seconds: float) -> list[dict[str, Any]]:
+def run(problem: Problem, seconds: float) -> list[Found]:
+    """A row for every case of a problem, ours first; each is checked before it is timed."""
     want, steps, rows = tangential(truth(problem), problem), {}, []
     for name, make in CASES[problem.op](problem):
         try:
@@ -45,6 +55,7 @@ def run(problem: Problem, seconds: float) -> list[dict[str, Any]]:
             {
                 "case": name,
                 "memory_mb": timing.peak_memory(steps[name], problem.device),
+                **timing.counts(steps[name], problem.device),
                 "errors": errors,
                 "repeats": timing.repeats(steps[name]),
             }
@@ -57,74 +68,131 @@ def run(problem: Problem, seconds: float) -> list[dict[str, Any]]:
     return rows
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    lines = [
-        "| case | median ms | p10 | p90 | over ours | memory MB | value error | worst gradient | bits repeat |",  # noqa: E501
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        if "failed" in row:
-            lines.append(f"| {row['case']} | failed: {row['failed']} | | | | | | | |")
-            continue
-        errors = dict(row["errors"])
-        value = errors.pop("value", None)
-        cells = [
-            row["case"],
-            *(f"{row[key]:.3g}" for key in ("median_ms", "p10_ms", "p90_ms")),
-            f"{row['ratio']:.2f}",
-            "" if row["memory_mb"] is None else f"{row['memory_mb']:.1f}",
-            "" if value is None else f"{value:.1e}",
-            f"{max(errors.values()):.1e}" if errors else "",
-            "yes" if row["repeats"] else "no",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def machine(device: str) -> dict[str, Any]:
-    git = ["git", "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    cpu = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").is_file():
-        names = Path("/proc/cpuinfo").read_text().split("model name")
-        cpu = names[1].splitlines()[0].strip("\t: ") if len(names) > 1 else cpu
-    return {
-        "cpu": cpu,
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
-        "torch": torch.__version__,
-        "nivmf_fast": nivmf_fast.__version__,
-        "commit": commit or None,
-    }
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--op", choices=CASES, default="proxy_nca")
-    parser.add_argument("--shape", nargs="+", choices=SHAPES, metavar="SHAPE",
-                        default=["cub-128", "cub-512"], help=", ".join(SHAPES))  # fmt: skip
-    parser.add_argument("--temperature", nargs="+", type=float, default=[1.0, 0.003])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seconds", type=float, default=3.0, help="per case")
-    parser.add_argument("--quick", action="store_true", help="0.2 seconds per case")
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
-    args = parser.parse_args()
-    about = machine(args.device)
-    print(", ".join(f"{key} {value}" for key, value in about.items() if value))
+def kernels(args: argparse.Namespace) -> Found:
     found = []
-    temperatures = args.temperature if args.op != "vmf_rsample" else [1.0]
-    for name in args.shape:
-        for T in temperatures:
-            problem = Problem(args.op, SHAPES[name], T, args.device)
-            rows = run(problem, 0.2 if args.quick else args.seconds)
-            shape = ", ".join(f"{k} = {v}" for k, v in SHAPES[name]._asdict().items())
-            print(f"\n### {args.op}, {name} ({shape}), T = {T:g}\n\n{table(rows)}", flush=True)
-            found.append({"op": args.op, "shape": name, "temperature": T, "rows": rows})
+    for op in args.op:
+        for name in args.shape:
+            for T in args.temperature if op != "vmf_rsample" else [1.0]:
+                rows = run(Problem(op, SHAPES[name], T, args.device), args.seconds)
+                found.append({"op": op, "shape": name, "dimensions": SHAPES[name]._asdict(),
+                              "temperature": T, "rows": rows})  # fmt: skip
+                print(report.case_table(found[-1]) + "\n", flush=True)
+                if args.json:  # what is cut short keeps what it has
+                    report.write(args.json, {"machine": args.about, "results": found})
+    return {"results": found}
+
+
+def ceilings(args: argparse.Namespace) -> Found:
+    return {"ceilings": timing.ceilings(args.device, args.seconds)}
+
+
+def section(name: str, measure: Callable[[argparse.Namespace], Found]) -> Callable[..., Found]:
+    """A command whose findings have their own Markdown."""
+
+    def command(args: argparse.Namespace) -> Found:
+        return {name: measure(args)}
+
+    return command
+
+
+growth = section("growth", scale.growth)
+step = section("step", training.step)
+train = section("train", training.train)
+resnet = section("resnet", training.resnet)
+class_parallel = section("scale", scale.class_parallel)
+
+
+def everything(args: argparse.Namespace) -> Found:
+    """All that a CPU can show, in under six minutes; written after each part."""
+    file = args.json or report.RESULTS / f"{args.device}-{args.about['commit']}.json"
+    found: Found = {"results": []}
+    args.json = None
+    for op, shapes in (
+        ("proxy_nca", ["cub-128", "cub-512", "sop-512"]),
+        ("vmf_rsample", ["cub-128", "cub-512"]),
+    ):
+        args.op, args.shape = [op], shapes
+        found["results"] += kernels(args)["results"]
+        report.write(file, {"machine": args.about, **found})
+    for command in ("ceilings", "growth", "step", "train", "scale"):
+        found |= COMMANDS[command](args)
+        report.write(file, {"machine": args.about, **found})
+    args.json = file
+    return found
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], Found]] = {
+    "kernels": kernels,
+    "all": everything,
+    "ceilings": ceilings,
+    "growth": growth,
+    "step": step,
+    "train": train,
+    "resnet": resnet,
+    "scale": class_parallel,
+}
+
+
+def parser(command: str) -> argparse.ArgumentParser:
+    about = __doc__ if command == "kernels" else COMMANDS[command].__doc__
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=about)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seconds", type=float, default=None, help="per case; default 1")
+    parser.add_argument("--quick", action="store_true", help=f"{QUICK} seconds per case")
+    parser.add_argument("--json", type=Path, help="write the figures to this file, and as .md")
+    parser.set_defaults(temperature=[1.0, 0.003], against=None, plots=None)
+    if command == "kernels":
+        parser.add_argument("--op", nargs="+", choices=CASES, default=["proxy_nca", "vmf_rsample"])
+        parser.add_argument("--shape", nargs="+", choices=SHAPES, metavar="SHAPE",
+                            default=["cub-128", "cub-512"], help=", ".join(SHAPES))  # fmt: skip
+        parser.add_argument("--temperature", nargs="+", type=float)
+        parser.add_argument("--against", type=Path, metavar="FILE", help="compare with this file")
+    if command in ("kernels", "all"):
+        parser.add_argument("--plots", type=Path, metavar="DIR", help="PNG and SVG")
+    if command in ("all", "scale"):
+        scale.add_hardware(parser)
+    if command in ("all", "train"):
+        training.add_data(parser)
+    if command == "resnet":
+        training.add_images(parser)
+    return parser
+
+
+def main(arguments: Sequence[str]) -> int:
+    command, rest = "kernels", list(arguments)
+    if rest and not rest[0].startswith("-"):
+        command, *rest = rest
+    if command == "gpu":
+        return gpu.main(rest)
+    if command == "readme":
+        if rest not in ([], ["--check"]):
+            raise SystemExit(f"readme takes --check or nothing; got {' '.join(rest)}")
+        return report.readme(check=bool(rest))
+    if command not in COMMANDS:
+        known = ", ".join([*COMMANDS, "gpu", "readme"])
+        raise SystemExit(f"there is no command {command!r}: {known}")
+    args = parser(command).parse_args(rest)
+    if args.seconds is None:
+        args.seconds = QUICK if args.quick else 1.0
+    old = report.read(args.against) if args.against else None  # before hours of work
+    args.about = timing.machine(args.device)
+    found = {"machine": args.about, **COMMANDS[command](args)}
+    if args.plots and "ceilings" not in found:
+        found |= ceilings(args)  # for the roofline
+    found_last = {key: value for key, value in found.items() if key != "results"}
+    print(report.markdown(found_last))  # the kernels' tables have been printed one by one
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({"machine": about, "results": found}, indent=2) + "\n")
+        report.write(args.json, found)
+        print(f"written: {args.json}")
+    for file in report.plots(found, args.plots) if args.plots else ():
+        print(f"written: {file}")
+    if old is None:
+        return 0
+    text, slower = report.against(found, old)
+    print(text)
+    return int(slower)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

@@ -1,17 +1,31 @@
 """How it is timed: whole steps, by turns, with memory, error and repeatability beside the time."""
 
+import collections
+import contextlib
 import ctypes
+import datetime
+import os
+import platform
 import statistics
+import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+import nivmf_fast
+
 Results = dict[str, Tensor]
+LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch")
+SYNCS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
+# glibc gives blocks above the threshold back to the system when they are freed. Low, so that the
+# resident set is what is in use; then as high as it would itself have moved it, so that a timed
+# step does not fetch its memory anew.
+MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1
 
 
 def _once(step: Callable[[], Results], device: str, flush: Tensor | None) -> float:
@@ -35,20 +49,25 @@ def measure(
 ) -> dict[str, dict[str, float]]:
     """Median, p10 and p90 in ms of each step; they take turns, so that all meet the same machine.
 
-    Every step runs at least 3 times and until `seconds` times the number of steps have passed.
+    A turn of a step is once or an eighth of `seconds`, and there are at least 3 turns, and as many
+    as fit into `seconds` times the number of steps.
     """
     flush = torch.empty(1 << 28, dtype=torch.uint8, device=device) if device == "cuda" else None
     for step in steps.values():
         step()
     times: dict[str, list[float]] = {name: [] for name in steps}
-    deadline = time.perf_counter() + seconds * len(steps)
-    while len(next(iter(times.values()))) < 3 or time.perf_counter() < deadline:
+    turns, deadline = 0, time.perf_counter() + seconds * len(steps)
+    while turns < 3 or time.perf_counter() < deadline:
+        turns += 1
         for name, step in steps.items():
+            end = time.perf_counter() + seconds / 8
             times[name].append(_once(step, device, flush) * 1e3)
-    return {name: _summary(values) for name, values in times.items()}
+            while time.perf_counter() < end:
+                times[name].append(_once(step, device, flush) * 1e3)
+    return {name: summarised(values) for name, values in times.items()}
 
 
-def _summary(ms: list[float]) -> dict[str, float]:
+def summarised(ms: list[float]) -> dict[str, float]:
     deciles = statistics.quantiles(ms, n=10, method="inclusive")
     return {
         "median_ms": statistics.median(ms),
@@ -70,12 +89,17 @@ def peak_memory(step: Callable[[], Results], device: str) -> float | None:
         return (torch.cuda.max_memory_allocated() - before) / 1e6
     if sys.platform != "linux":
         return None
-    ctypes.CDLL(None).malloc_trim(0)
+    libc = ctypes.CDLL(None)
+    libc.mallopt(MMAP_THRESHOLD, 1 << 16)
+    libc.malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     before = _status("VmRSS")
     results = step()
     del results
-    return (_status("VmHWM") - before) / 1e6
+    peak = _status("VmHWM") - before
+    libc.mallopt(MMAP_THRESHOLD, 32 << 20)
+    libc.mallopt(TRIM_THRESHOLD, 64 << 20)
+    return peak / 1e6
 
 
 def _status(name: str) -> int:
@@ -98,3 +122,113 @@ def repeats(step: Callable[[], Results]) -> bool:
     first = {name: t.clone() for name, t in step().items()}
     second: dict[str, Any] = step()
     return all(torch.equal(t, second[name]) for name, t in first.items())
+
+
+def counts(step: Callable[[], Results], device: str) -> dict[str, int | None]:
+    """Kernel launches and host synchronisations of a step; on CPUs there are none to count."""
+    if device != "cuda":
+        return {"launches": None, "host_syncs": None}
+    # one step more: what the profiler itself adds at its end is in both
+    one, two = (collections.Counter(events(step, device, times)) for times in (1, 2))
+    more = {name: two[name] - one[name] for name in two}
+    return {
+        "launches": sum(n for name, n in more.items() if name.startswith(LAUNCHES)),
+        "host_syncs": sum(n for name, n in more.items() if name.startswith(SYNCS)),
+    }
+
+
+def events(step: Callable[[], Results], device: str, times: int = 1) -> list[str]:
+    """Names of all that torch.profiler sees of some steps after a first: ops, calls, kernels."""
+    return [event.name for event in profiled(step, device, times).events() or ()]
+
+
+def profiled(step: Callable[[], Any], device: str, times: int = 1) -> torch.profiler.profile:
+    """The profile of some steps, after a first that is not in it."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    step()
+    with torch.profiler.profile(activities=activities) as profile:
+        for _ in range(times):
+            step()
+        if device == "cuda":
+            torch.cuda.synchronize()
+    return profile
+
+
+class Stages:
+    """Time of the named parts of a loop, in ms; on CUDA by events, read when the loop is over."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self._marks: dict[str, list[tuple[Any, Any]]] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        begin = self._now()
+        yield
+        self._marks.setdefault(name, []).append((begin, self._now()))
+
+    def _now(self) -> Any:
+        if self.device != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def summary(self) -> dict[str, dict[str, float]]:
+        if self.device != "cuda":
+            spans = {k: [1e3 * (e - b) for b, e in v] for k, v in self._marks.items()}
+        else:
+            torch.cuda.synchronize()
+            spans = {k: [b.elapsed_time(e) for b, e in v] for k, v in self._marks.items()}
+        return {name: summarised(ms) for name, ms in spans.items()}
+
+
+def ceilings(device: str, seconds: float = 0.5) -> dict[str, float]:
+    """The machine at its best: copies in GB/s, read and written, and products in GFLOP/s."""
+    n, size = (8192, 1 << 30) if device == "cuda" else (1024, 1 << 28)
+    source = torch.randint(256, (size,), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+
+    def took(step: Callable[[], Any]) -> float:
+        return measure({"": step}, device, seconds)[""]["median_ms"] / 1e3
+
+    best = {"copy_gb_per_s": 2 * size / took(lambda: target.copy_(source)) / 1e9}
+    a, b = torch.randn(2, n, n, device=device)
+    forms = [("float32", a, b, "highest")]
+    if device == "cuda":
+        forms += [("tf32", a, b, "high"), ("bfloat16", a.bfloat16(), b.bfloat16(), "highest")]
+    before = torch.get_float32_matmul_precision()
+    for name, left, right, precision in forms:
+        torch.set_float32_matmul_precision(precision)
+        rate = 2 * n**3 / took(lambda x=left, y=right: x @ y) / 1e9
+        best[f"matmul_{name}_gflop_per_s"] = rate
+    torch.set_float32_matmul_precision(before)
+    return best
+
+
+def machine(device: str) -> dict[str, Any]:
+    """Where, when and of what the figures are."""
+    root = Path(__file__).parents[1]
+    git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:
+        commit = ""
+    cpu = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").is_file():
+        names = Path("/proc/cpuinfo").read_text().split("model name")
+        cpu = names[1].splitlines()[0].strip("\t: ") if len(names) > 1 else cpu
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else cpu,
+        "cpu": cpu,
+        "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 1),  # of others, in processes: best none
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda if device == "cuda" else None,
+        "nivmf_fast": nivmf_fast.__version__,
+        "commit": commit or None,
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M"),
+    }
