@@ -106,7 +106,7 @@ TABLE_P = (10**4, 10**5, 10**6, 10**7, 10**8)
 TABLE_W = (1, 8, 64, 1024)
 COPIES = 4  # of the slice: parameters, gradients, Adam's two moments
 TENSORS = 2  # proxies and their concentrations, each [P, D]
-COLLECTIVES = 8  # of a step
+COLLECTIVES = 7  # of a step
 WORKSPACE = 256 << 20  # bytes that the kernels take at most on a GPU, besides
 HARDWARE = {  # flag: (default, unit, meaning)
     "flops": (50e12, "flop/s", "of the loss's arithmetic, in float32"),
@@ -243,7 +243,7 @@ def bytes_per_step(W: int, batch: int, dimension: int) -> float:
     As nivmf_fast/distributed.py lists it, for counts that are equal in all processes.
     """
     width = math.ceil(batch / W)
-    gathered = width * (4 * (dimension + 1) + 8) + 2 * 8  # two counts: of rows and of labels
+    gathered = width * (4 * (dimension + 1) + 8) + 4 * 8  # and what all agree on before
     combined = 2 * width * 4 * 8  # four numbers of each image there, and four back, in float64
     scattered = width * 4 * (dimension + 1)
     return (gathered + combined + scattered) * (W - 1) + 2 * 4 * (W - 1) / W
