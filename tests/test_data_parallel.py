@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -120,6 +121,8 @@ def test_a_killed_process_is_restarted_and_the_run_goes_on(tmp_path, data_root):
         stderr=subprocess.STDOUT,
         text=True,
     )
+    limit = threading.Timer(400, process.kill)
+    limit.start()
     said = ""
     for line in process.stdout:
         said += line
@@ -128,6 +131,7 @@ def test_a_killed_process_is_restarted_and_the_run_goes_on(tmp_path, data_root):
             last = [pid for pid in children.split() if rank_of(pid) == "1"]
             os.kill(int(last[0]), signal.SIGKILL)
             said += "restarting"
+    limit.cancel()
     assert process.wait(60) == 0, said
     assert "resuming after epoch" in said
     with (tmp_path / "out" / "metrics.csv").open() as file:

@@ -343,7 +343,7 @@ assert os.waitpid(start("--out", whole), 0)[1] == 0
 seconds = time.monotonic() - begin
 for _ in range(5):
     child = start("--out", killed, "--resume")
-    time.sleep(random.uniform(0, seconds))
+    time.sleep(random.uniform(0, seconds / 2))
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
 assert os.waitpid(start("--out", killed, "--resume"), 0)[1] == 0
@@ -357,7 +357,7 @@ def test_a_run_killed_five_times_ends_as_one_that_was_not(seed, data_root, tmp_p
     done = subprocess.run(
         [sys.executable, "-c", KILLER, str(seed), tmp_path / "whole", tmp_path / "killed", *flags],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
         capture_output=True,
         text=True,
         timeout=500,

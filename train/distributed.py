@@ -13,6 +13,9 @@ from torch import Tensor
 
 from train.config import RunError
 
+MEETING = timedelta(
+    minutes=2
+)  # to connect: gloo now and then waits for ever, and torchrun restarts
 TIMEOUT = timedelta(hours=2)  # the others wait while the first process evaluates
 
 
@@ -120,7 +123,17 @@ def processes(device_name: str) -> Iterator[Ranks]:
     device = choose_device(device_name, int(os.environ.get("LOCAL_RANK", "0")))
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    store, rank, _ = next(dist.rendezvous("env://", timeout=MEETING))
+    # Restarted by torchrun, a process would find the addresses of those that have ended.
+    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=store,
+        rank=rank,
+        world_size=size,
+        timeout=MEETING,
+    )
+    dist.distributed_c10d._set_pg_timeout(TIMEOUT)
     try:
         yield Ranks(dist.get_rank(), size, device)
     finally:
