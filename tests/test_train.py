@@ -343,7 +343,7 @@ assert os.waitpid(start("--out", whole), 0)[1] == 0
 seconds = time.monotonic() - begin
 for _ in range(5):
     child = start("--out", killed, "--resume")
-    time.sleep(random.uniform(0, seconds / 2))
+    time.sleep(random.uniform(0, seconds))
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
 assert os.waitpid(start("--out", killed, "--resume"), 0)[1] == 0
@@ -363,7 +363,7 @@ def test_a_run_killed_five_times_ends_as_one_that_was_not(seed, data_root, tmp_p
         timeout=500,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("resuming after epoch") >= 1
+    assert "resuming after epoch" in done.stdout or "finished already" in done.stdout
     assert len(rows(tmp_path / "whole")) == 4
     assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
     assert set(contents(tmp_path / "killed")) == set(contents(tmp_path / "whole"))
