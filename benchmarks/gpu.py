@@ -132,13 +132,16 @@ def run_part(part: Part, seconds: float, folder: Path) -> dict[str, Any]:
 
 
 def run_parts(
-    todo: Sequence[tuple[Part, float]], whole: float, found: dict[str, Any], files: Sequence[Path]
+    planned: Sequence[tuple[Part, float]],
+    whole: float,
+    found: dict[str, Any],
+    files: Sequence[Path],
 ) -> None:
     """Do the parts one after the other, and write all files after each."""
     end = time.perf_counter() + whole
     found["parts"] = []
     with tempfile.TemporaryDirectory() as folder:
-        for part, seconds in todo:
+        for part, seconds in planned:
             print(f"{part.name}: at most {seconds:.0f} s", flush=True)
             outcome = run_part(part, min(seconds, end - time.perf_counter()), Path(folder))
             for key, value in outcome.pop("found", {}).items():
@@ -161,13 +164,13 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--commit", help="to be named in the file, where there is no git")
     args = parser.parse_args(arguments)
-    todo = [
+    planned = [
         (part, part.quick if args.quick else part.seconds)
         for part in parts(args.device)
         if part.quick is not None or not args.quick
     ]
     if args.dry:
-        for part, seconds in todo:
+        for part, seconds in planned:
             print(f"{part.name}: at most {seconds:.0f} s: {part.program} {' '.join(part.command)}")
         return 0
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -178,7 +181,7 @@ def main(arguments: Sequence[str]) -> int:
     name = f"{device}-{about['commit'] or 'unknown'}.json"
     folders = [report.RESULTS, *([Path(os.environ["OUT"])] if os.environ.get("OUT") else [])]
     found: dict[str, Any] = {"machine": about}
-    run_parts(todo, WHOLE_QUICK if args.quick else WHOLE, found,
+    run_parts(planned, WHOLE_QUICK if args.quick else WHOLE, found,
               [folder / name for folder in folders])  # fmt: skip
     print(report.markdown(found))
     print(f"written: {report.RESULTS / name}")

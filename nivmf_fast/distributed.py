@@ -416,7 +416,8 @@ class ClassParallelLoss(ProxyLoss):
         """ProxyAnchor on the directions: its sums over proxies are sums over the processes."""
         with torch.autocast(loc.device.type, enabled=False):
             cosine = loc @ self.directions.to(loc.dtype).T
-        attract, repel = anchor_terms(cosine, here, self.guidance_alpha, self.guidance_delta)
+        own = here[:, None] == torch.arange(cosine.shape[1], device=here.device)
+        attract, repel = anchor_terms(cosine, own, self.guidance_alpha, self.guidance_delta, 0)
         present = max(labels.unique().numel(), 1)
         share = attract.sum() / present + repel.sum() / self.total_classes
         if not self.classes:
@@ -437,9 +438,7 @@ class ClassParallelLoss(ProxyLoss):
             here = self._here(self.group.gather(labels[block], lengths))
             directions = self.group.gather(loc[block], lengths)
             total.index_add_(0, here[here >= 0], directions[here >= 0])
-        length = torch.linalg.vector_norm(total, dim=-1, keepdim=True)
-        started = self.initial_concentration * total / length
-        self.proxies.copy_(torch.where(length > 0, started, self.proxies))
+        self._turn(total)
 
     def sharded_state_dict(
         self, optimizer: torch.optim.Optimizer | None = None

@@ -71,16 +71,15 @@ def binomial_deviance(
     Source: Kim et al. (CVPR 2020), equation 4.
     """
     dim = 0 if axis == "images" else 1
-    attract, repel = anchor_terms(similarities, labels, alpha, delta, dim)
     own = labels[:, None] == torch.arange(similarities.shape[1], device=labels.device)
+    attract, repel = anchor_terms(similarities, own, alpha, delta, dim)
     return attract.sum() / own.any(dim).sum().clamp(min=1) + repel.sum() / max(len(repel), 1)
 
 
 def anchor_terms(
-    similarities: Tensor, labels: Tensor, alpha: float, delta: float, dim: int = 0
+    similarities: Tensor, own: Tensor, alpha: float, delta: float, dim: int
 ) -> tuple[Tensor, Tensor]:
     """The terms of `binomial_deviance` that attract and those that repel, summed along `dim`."""
-    own = labels[:, None] == torch.arange(similarities.shape[1], device=labels.device)
 
     def log_one_plus_sum(logits: Tensor, mask: Tensor) -> Tensor:
         masked = torch.where(mask, logits, -math.inf)
@@ -255,7 +254,12 @@ class ProxyLoss(nn.Module):
         self._check(embeddings)
         check_labels(labels, len(embeddings), self.num_classes, None)
         loc = directions_and_norms(embeddings)[0].to(self.proxies)
-        total = torch.zeros_like(self.proxies).index_add_(0, labels.to(self.proxies.device), loc)
+        self._turn(
+            torch.zeros_like(self.proxies).index_add_(0, labels.to(self.proxies.device), loc)
+        )
+
+    def _turn(self, total: Tensor) -> None:
+        """Turn every proxy into the direction of its row [P, D]; one whose row is 0 stays."""
         length = torch.linalg.vector_norm(total, dim=-1, keepdim=True)
         started = self.initial_concentration * total / length
         self.proxies.copy_(torch.where(length > 0, started, self.proxies))

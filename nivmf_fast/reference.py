@@ -353,10 +353,7 @@ def log_ppk_forward(
     workspace: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """log_ppk less its constants; saved [2, B, P]: raw maximum over samples, log sum; common."""
-    T = _positive(temperature)
-    normalizer = _normalizer(exact)
-    proxies = prepare_proxies(loc, concentration, normalizer, projection)
-    z = score(samples, proxies, normalizer, projection)
+    T, proxies, z = _scores(samples, loc, concentration, temperature, exact, projection)
     top = z.amax(0)
     rest = torch.logsumexp((z - top) / T, 0)
     s = top / T + rest - math.log(len(samples))
@@ -376,10 +373,7 @@ def log_ppk_backward(
     workspace: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients in samples, loc, concentration and temperature from grad [B, P]."""
-    T = _positive(temperature)
-    normalizer = _normalizer(exact)
-    proxies = prepare_proxies(loc, concentration, normalizer, projection)
-    z = score(samples, proxies, normalizer, projection)
+    T, proxies, z = _scores(samples, loc, concentration, temperature, exact, projection)
     dl = grad * torch.exp((z - saved[0]) / T - saved[1])
     return (
         *_score_backward(dl / T, samples, loc, concentration, proxies, exact, projection),
@@ -399,10 +393,7 @@ def proxy_nca_forward(
     workspace: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Losses [B]; [4, B] in float64: maximum and log sum over all, and over the own proxy."""
-    T = _positive(temperature)
-    normalizer = _normalizer(exact)
-    proxies = prepare_proxies(loc, concentration, normalizer, projection)
-    z = score(samples, proxies, normalizer, projection)
+    T, proxies, z = _scores(samples, loc, concentration, temperature, exact, projection)
     known = (labels >= 0) & (labels < len(loc))
     own = z.gather(2, torch.where(known, labels, 0).expand(len(z), -1)[..., None])
     parts = []
@@ -448,10 +439,7 @@ def proxy_nca_backward(
     workspace: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients as log_ppk_backward, from grad [B]; NaN where the image's own proxy is nowhere."""
-    T = _positive(temperature)
-    normalizer = _normalizer(exact)
-    proxies = prepare_proxies(loc, concentration, normalizer, projection)
-    z = score(samples, proxies, normalizer, projection)
+    T, proxies, z = _scores(samples, loc, concentration, temperature, exact, projection)
     top, rest, own_top, own_rest = partial
     known = (labels >= 0) & (labels < len(loc))
     index = torch.where(known, labels, 0).expand(len(z), -1)[..., None]
@@ -472,12 +460,19 @@ def proxy_nca_backward(
     )
 
 
-def _normalizer(exact: bool) -> str:
-    return "exact" if exact else "released"
-
-
-def _positive(temperature: Tensor) -> Tensor:
-    return torch.where(temperature > 0, temperature, math.nan)
+def _scores(
+    samples: Tensor,
+    loc: Tensor,
+    concentration: Tensor,
+    temperature: Tensor,
+    exact: bool,
+    projection: bool,
+) -> tuple[Tensor, Proxies, Tensor]:
+    """T, NaN unless positive; the prepared proxies; the raw scores [N, B, P]."""
+    normalizer = "exact" if exact else "released"
+    proxies = prepare_proxies(loc, concentration, normalizer, projection)
+    T = torch.where(temperature > 0, temperature, math.nan)
+    return T, proxies, score(samples, proxies, normalizer, projection)
 
 
 def _score_backward(

@@ -301,14 +301,14 @@ def test_a_part_that_fails_or_takes_too_long_leaves_the_others(tmp_path: Path) -
     )
     file, second = tmp_path / "found.json", tmp_path / "out" / "found.json"
     found: dict[str, Any] = {"machine": given["machine"]}
-    todo = [
+    planned = [
         (part("bad", "raise SystemExit('it broke')"), 60.0),
         (part("slow", slow), 1.5),
         (part("absent", "", program="no-such-program"), 60.0),
         (part("first", gives, gives=True), 60.0),
         (part("cut", gives + "; import time; time.sleep(60)", gives=True), 1.5),
     ]
-    gpu.run_parts(todo, 100, found, [file, second])
+    gpu.run_parts(planned, 100, found, [file, second])
     states = {p["name"]: p["state"] for p in found["parts"]}
     assert states == {
         "bad": "failed (1)",
@@ -332,12 +332,12 @@ def test_no_part_starts_when_the_time_is_over(tmp_path: Path) -> None:
 
 
 def test_the_parts_fit_into_their_minutes_and_name_what_exists() -> None:
-    todo = gpu.parts("cuda")
-    assert sum(p.seconds for p in todo) <= gpu.WHOLE < 9 * 60
-    assert sum(p.quick or 0 for p in todo) <= gpu.WHOLE_QUICK < 3 * 60
-    named = [word for p in todo for word in p.command if word.startswith("tests/")]
+    planned = gpu.parts("cuda")
+    assert sum(p.seconds for p in planned) <= gpu.WHOLE < 9 * 60
+    assert sum(p.quick or 0 for p in planned) <= gpu.WHOLE_QUICK < 3 * 60
+    named = [word for p in planned for word in p.command if word.startswith("tests/")]
     assert named and all((ROOT / name).is_file() for name in named)
-    for p in todo:
+    for p in planned:
         if p.gives:
             arguments = list(p.command[2:])
             name = arguments.pop(0) if arguments[0] in command.COMMANDS else "kernels"

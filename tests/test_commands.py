@@ -102,7 +102,7 @@ def test_evaluate_repeats_the_metrics_of_a_checkpoint_and_exports(seeds, tmp_pat
     compared = [name for name in last if "seconds" not in name and name in values]
     assert len(compared) > 20
     assert {name: values[name] for name in compared} == {
-        name: pytest.approx(float(last[name]), nan_ok=True, abs=0) for name in compared
+        name: pytest.approx(float(last[name]), nan_ok=True, rel=0, abs=0) for name in compared
     }
     with np.load(export) as content, np.load(run / "embeddings_test.npz") as stored:
         np.testing.assert_array_equal(content["features"], stored["features"])

@@ -4,7 +4,6 @@ import csv
 import math
 
 import pytest
-import torch
 from conftest import write_tree
 
 from train import report
@@ -22,8 +21,6 @@ def trees(tmp_path_factory):
 
 @pytest.mark.parametrize("preset", [name for name in PRESETS if not name.startswith("glyphs")])
 def test_a_preset_trains_and_evaluates(preset, trees, tmp_path, monkeypatch):
-    torch.set_num_threads(1)
-    write = report.write
     pictures = preset == "cub200-r50-128"
     if not pictures:
         monkeypatch.setattr(report, "write", lambda folder, *_: folder.write(report.REPORT, b"-"))
@@ -35,7 +32,6 @@ def test_a_preset_trains_and_evaluates(preset, trees, tmp_path, monkeypatch):
         (row,) = csv.DictReader(file)
     assert math.isfinite(float(row["loss"]))
     assert 0 <= float(row["c_recall@1"]) <= 1
-    assert write is report.write or not pictures
     if pictures:
         assert (out / "gallery.png").stat().st_size > 10_000
 

@@ -224,9 +224,9 @@ def test_warmup_trains_the_embedding_layer_alone(tiny, tmp_path, no_report):
     states = []
     write = run_folder.RunFolder.save
 
-    def spying(folder, state):
+    def spying(folder, state, best):
         states.append({k: v.clone() for k, v in state["model"].items()})
-        write(folder, state)
+        write(folder, state, best)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run_folder.RunFolder, "save", spying)
@@ -248,9 +248,9 @@ def test_the_step_schedule_multiplies_by_gamma_after_each_milestone(tiny, tmp_pa
     rates = []
     save = run_folder.RunFolder.save
 
-    def spying(folder, state):
+    def spying(folder, state, best):
         rates.append(state["optimiser"]["param_groups"][0]["lr"])
-        save(folder, state)
+        save(folder, state, best)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run_folder.RunFolder, "save", spying)
@@ -294,11 +294,10 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(
     np.testing.assert_array_equal(resumed["features"], expected["features"])
 
 
-def test_an_interrupted_process_says_how_to_go_on(
-    uninterrupted, tiny, data_root, tmp_path, no_report
-):
-    out = tmp_path / "out"
-    command = [sys.executable, "-u", "-m", "train", "--preset", "glyphs-tiny", *SHORT]
+def test_an_interrupted_process_says_how_to_go_on(tiny, data_root, tmp_path, no_report):
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    flags = ("--epochs", "12", "--limit-batches", "2")  # enough for the signal to come in time
+    command = [sys.executable, "-u", "-m", "train", "--preset", "glyphs-tiny", *flags]
     process = subprocess.Popen(
         [*command, "--data-root", str(data_root), "--out", str(out), "--device", "cpu"],
         cwd=ROOT,
@@ -308,7 +307,7 @@ def test_an_interrupted_process_says_how_to_go_on(
         text=True,
     )
     for line in process.stdout:
-        if line.startswith("epoch 1/3"):
+        if line.startswith("epoch 1/12"):
             break
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
@@ -316,8 +315,9 @@ def test_an_interrupted_process_says_how_to_go_on(
     assert err.count("\n") == 1
     assert f"--resume --out {out} continues" in err
     assert set(contents(out)) < FILES
-    assert tiny(out, *SHORT, "--resume") == 0
-    assert rows(out) == rows(uninterrupted)
+    assert tiny(out, *flags, "--resume") == 0
+    assert tiny(whole, *flags) == 0
+    assert rows(out) == rows(whole)
 
 
 # Kills a run at random moments and starts it again, five times, then lets it end. Processes are

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -84,7 +85,7 @@ def evaluate(config: EvaluateConfig) -> None:
             write(config.export, content.getvalue())
 
 
-def write(path: Any, content: bytes) -> None:
+def write(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     RunFolder(path.parent).write(path.name, content)
     print(f"wrote {path}")

@@ -4,6 +4,7 @@ import csv
 import io
 import math
 import statistics
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,8 +40,8 @@ class Group:
     @classmethod
     def read(cls, folder: Path, row: str, metric: str = "c_recall@1") -> "Group":
         """From the folder of one run, or of runs seed-0, seed-1, ..."""
-        seeds = sorted(folder.glob("seed-*/metrics.csv"), key=lambda p: int(p.parent.name[5:]))
-        paths = seeds or [folder / "metrics.csv"]
+        seeds = [p for p in folder.glob("seed-*/metrics.csv") if p.parent.name[5:].isdigit()]
+        paths = sorted(seeds, key=lambda p: int(p.parent.name[5:])) or [folder / "metrics.csv"]
         runs = [read_metrics(path) for path in paths]
         chosen = []
         for rows in runs:
@@ -94,7 +95,7 @@ def seeds_csv(group: Group) -> str:
     for label, which in (("mean", 0), ("deviation", 1)):
         summary = {n: mean_and_deviation(group.values(n))[which] for n in group.columns()}
         rows.append({"run": label, **{n: "" if v is None else v for n, v in summary.items()}})
-    return _csv(["run", *group.columns()], rows)
+    return table_csv(["run", *group.columns()], rows)
 
 
 def groups_csv(groups: list[Group]) -> str:
@@ -108,12 +109,12 @@ def groups_csv(groups: list[Group]) -> str:
             row[name] = "" if math.isnan(mean) else mean
             row[f"{name} deviation"] = "" if deviation is None else deviation
         rows.append(row)
-    return _csv(["run", "seeds", *(n for m in names for n in (m, f"{m} deviation"))], rows)
+    return table_csv(["run", "seeds", *(n for m in names for n in (m, f"{m} deviation"))], rows)
 
 
-def _csv(names: list[str], rows: list[dict[str, object]]) -> str:
+def table_csv(names: Iterable[str], rows: Iterable[dict[str, object]]) -> str:
     text = io.StringIO()
-    writer = csv.DictWriter(text, names, lineterminator="\n", restval="")
+    writer = csv.DictWriter(text, list(names), lineterminator="\n", restval="")
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()

@@ -41,6 +41,10 @@ class RunError(Exception):
     """What ends a run and is no defect of the program: its one line is all that the user sees."""
 
 
+class Diverged(RunError):
+    """The numbers of a run are no longer finite."""
+
+
 @dataclass(frozen=True)
 class DataConfig:
     name: Annotated[str, tyro.conf.arg(name="dataset")] = "glyphs"

@@ -13,9 +13,7 @@ from torch import Tensor
 
 from train.config import RunError
 
-MEETING = timedelta(
-    minutes=2
-)  # to connect: gloo now and then waits for ever, and torchrun restarts
+MEETING = timedelta(minutes=2)  # to connect
 TIMEOUT = timedelta(hours=2)  # the others wait while the first process evaluates
 
 

@@ -20,12 +20,12 @@ from tqdm import tqdm
 from nivmf_fast import which_backend
 from train import compare, evaluate, report, tracking
 from train.backbone import backbone_input
-from train.config import Config, LossConfig, OptimConfig, RunError
+from train.config import Config, Diverged, LossConfig, OptimConfig, RunError
 from train.data import ClassBalancedBatches, ImageSet, all_batches, load, train_batches
 from train.distributed import Ranks, processes
 from train.losses import LOSS_OPS, build_loss
 from train.model import EmbeddingNet, build_model
-from train.run_folder import BEST, LAST, RunFolder, serialised
+from train.run_folder import LAST, RunFolder
 
 AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 OPTIMISERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -59,7 +59,7 @@ class State:
         return {name: getattr(self, name) for name in names}
 
     def save(self, config: Config, ranks: Ranks, folder: RunFolder, best: bool = False) -> None:
-        """Write the last checkpoint, and before it, if it is, the best one."""
+        """Write a checkpoint, as the last one and, if it is, as the best."""
         content = {name: part.state_dict() for name, part in self.parts()}
         content |= {"torch_random": torch.get_rng_state(), "config": config.to_json()}
         if torch.cuda.is_available():
@@ -72,9 +72,7 @@ class State:
             content |= {"classes": name, "loss": {}}
             content["optimiser"]["state"] = self.without_classes(content["optimiser"]["state"])
         if ranks.first:
-            if best:  # before the last: a kill in between repeats the epoch
-                folder.write(BEST, serialised(content))
-            folder.save(content)
+            folder.save(content, best)
             if config.class_parallel:
                 folder.drop_classes()
 
@@ -242,14 +240,13 @@ def train_epoch(
 ) -> dict[str, float]:
     """The steps that are left of an epoch; the epoch's mean loss and the seconds it took."""
     start, before = time.perf_counter(), state.seconds
-    device, model, loss = ranks.device, state.model, state.loss
+    device, model, loss, spread = ranks.device, state.model, state.loss, config.class_parallel
     size = config.data.batch_size // ranks.size
     part = slice(ranks.rank * size, (ranks.rank + 1) * size)
     recall = (
         f"{state.history[-1].get(config.storage_metric, math.nan):.3f}" if state.history else "-"
     )
     network.train()
-    classes = config.class_parallel
     losses = torch.tensor(state.losses, dtype=torch.float64, device=device)
     left = batches.epoch(state.epoch, skip=state.step, limit=steps)
     cuda = device.type == "cuda"
@@ -262,14 +259,14 @@ def train_epoch(
         with autocast(config.optim, device):
             embeddings = network(images)
         try:
-            value = global_loss(loss, embeddings.float(), labels, batch.seed, ranks, classes)
+            value = global_loss(loss, embeddings.float(), labels, batch.seed, ranks, spread)
         except ValueError as error:  # the loss takes no embeddings that are not finite
-            raise RunError(
+            raise Diverged(
                 f"epoch {state.epoch + 1} diverged ({error}): try a smaller --lr"
             ) from None
         state.optimiser.zero_grad()
         state.scaler.scale(value).backward()
-        if not classes:
+        if not spread:
             ranks.mean(p.grad for p in loss.parameters())
         if state.epoch < config.optim.warmup:
             for parameter in model.backbone_parameters():
@@ -294,7 +291,7 @@ def train_epoch(
     ranks.mean([losses])
     row = {"epoch": state.epoch + 1, "loss": losses.item() / steps}
     if not math.isfinite(row["loss"]):
-        raise RunError(f"the loss is {row['loss']} in epoch {row['epoch']}: try a smaller --lr")
+        raise Diverged(f"the loss is {row['loss']} in epoch {row['epoch']}: try a smaller --lr")
     if hasattr(loss, "temperature"):
         row["temperature"] = float(loss.temperature.detach())
     return row | {"seconds_train": before + time.perf_counter() - start}
@@ -323,8 +320,7 @@ def global_loss(
 def wrap(config: Config, model: EmbeddingNet, ranks: Ranks) -> nn.Module:
     """The network as it trains: in parallel over processes, compiled."""
     network: nn.Module = model
-    statistics = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    if ranks.size > 1 and statistics and not config.model.freeze_batchnorm:
+    if ranks.size > 1 and model.batchnorms() and not config.model.freeze_batchnorm:
         if ranks.device.type == "cuda":
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
         elif ranks.first:

@@ -57,7 +57,7 @@ class EmbeddingNet(nn.Module):
         """
         super().train(mode)
         if self.config.freeze_batchnorm:
-            for layer in self._batchnorms():
+            for layer in self.batchnorms():
                 layer.eval()
         return self
 
@@ -80,7 +80,7 @@ class EmbeddingNet(nn.Module):
         parts = math.ceil(len(images) / 250)
         batches = [images[i::parts] for i in range(parts)]  # strided: all of many classes
         if self.config.pretrained == "none" and not self.config.freeze_batchnorm:
-            layers = self._batchnorms()
+            layers = self.batchnorms()
             momenta = [layer.momentum for layer in layers]
             for layer in layers:
                 layer.reset_running_stats()
@@ -98,7 +98,7 @@ class EmbeddingNet(nn.Module):
             self.embedding.weight.mul_(factor)
             self.embedding.bias.mul_(factor)
 
-    def _batchnorms(self) -> list[_BatchNorm]:
+    def batchnorms(self) -> list[_BatchNorm]:
         return [layer for layer in self.modules() if isinstance(layer, _BatchNorm)]
 
 

@@ -63,9 +63,13 @@ class RunFolder:
             with contextlib.suppress(OSError):
                 beside.unlink()
 
-    def save(self, state: dict[str, Any]) -> None:
-        """Write the last checkpoint; the one before it is kept too."""
-        self.write(LAST, serialised(state), keep=PREVIOUS)
+    def save(self, state: dict[str, Any], best: bool) -> None:
+        """Write the last checkpoint, and if it is, the best; the last one before is kept too."""
+        buffer = io.BytesIO()  # torch.save to a full disk would raise an error that does not say so
+        torch.save(state, buffer)
+        if best:  # before the last: a kill in between repeats the epoch
+            self.write(BEST, buffer.getvalue())
+        self.write(LAST, buffer.getvalue(), keep=PREVIOUS)
 
     def load(self, device: torch.device) -> dict[str, Any] | None:
         """The last checkpoint that can be read, or None where there is none."""
@@ -108,12 +112,6 @@ class RunFolder:
             for row in history
         )
         self.write("metrics.csv", text.getvalue().encode())
-
-
-def serialised(state: dict[str, Any]) -> bytes:
-    buffer = io.BytesIO()  # torch.save to a full disk would raise an error that does not say so
-    torch.save(state, buffer)
-    return buffer.getvalue()
 
 
 def read_checkpoint(path: Path, device: torch.device) -> dict[str, Any]:

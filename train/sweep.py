@@ -1,8 +1,6 @@
 """Losses against each other: each tuned with equal effort, then run with several seeds."""
 
 import contextlib
-import csv
-import io
 import json
 import math
 import os
@@ -18,7 +16,7 @@ from torch.quasirandom import SobolEngine
 from tqdm import tqdm
 
 from train import compare
-from train.config import Config, RunError, SweepConfig, nearest
+from train.config import Config, Diverged, RunError, SweepConfig, nearest
 from train.loop import train
 from train.presets import PRESETS
 from train.report import REPORT
@@ -94,10 +92,10 @@ def sweep(config: SweepConfig) -> None:
         base = replace(base, data=replace(base.data, data_root=config.data_root))
     jobs = config.jobs or (1 if torch.cuda.is_available() else os.cpu_count() or 1)
 
+    # the same points of the unit cube for every loss: effort and luck are equal
+    points = SobolEngine(4, scramble=True, seed=0).draw(config.trials, dtype=torch.float64)
     trials: dict[str, list[Config]] = {}
     for name in names:
-        # the same points of the unit cube for every loss: effort and luck are equal
-        points = SobolEngine(4, scramble=True, seed=0).draw(config.trials, dtype=torch.float64)
         trials[name] = [
             replace(
                 CONTENDERS[name].setting(base, point),
@@ -111,7 +109,7 @@ def sweep(config: SweepConfig) -> None:
         ]
     run_all([trial for group in trials.values() for trial in group], jobs, "trials")
     best = {}
-    rows = []
+    rows: list[dict[str, object]] = []
     for name, group in trials.items():
         scores = [score(trial) for trial in group]
         best[name] = group[max(range(len(group)), key=lambda i: scores[i])]
@@ -129,11 +127,7 @@ def sweep(config: SweepConfig) -> None:
                     "chosen": "yes" if trial is best[name] else "",
                 }
             )
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    RunFolder(out).write("trials.csv", text.getvalue().encode())
+    RunFolder(out).write("trials.csv", compare.table_csv(rows[0], rows).encode())
 
     finals = [
         replace(
@@ -190,16 +184,14 @@ def ended(config: Config) -> bool:
 
 
 def run_one(config: Config, threads: int) -> None:
-    """One run in a process of its own, what it says in log.txt; a diverged one is no error."""
+    """One run, what it says in a .log beside its folder; one that diverges is no error."""
     torch.set_num_threads(threads)
     folder = config.folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with spoken(folder.with_name(f"{folder.name}.log")):
         try:
             train(replace(config, resume=folder.exists()))
-        except RunError as error:
-            if "diverged" not in str(error) and "the loss is" not in str(error):
-                raise
+        except Diverged as error:
             RunFolder(folder).write("failed.txt", f"{error}\n".encode())
 
 
