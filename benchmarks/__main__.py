@@ -14,6 +14,7 @@ python -m benchmarks readme                                    README's figures 
 """
 
 import argparse
+import itertools
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,8 +22,9 @@ from typing import Any
 
 import torch
 
+import nivmf_fast
 from benchmarks import gpu, report, scale, timing, training
-from benchmarks.cases import CASES, SHAPES, Problem, tangential, truth
+from benchmarks.cases import BACKENDS, CASES, SHAPES, Problem, tangential, truth
 from benchmarks.samplers import moment_error
 
 STANDARD_ERRORS = 5  # that a sampler's mean cosine may be off
@@ -70,10 +72,16 @@ def run(problem: Problem, seconds: float) -> list[Found]:
 
 def kernels(args: argparse.Namespace) -> Found:
     found = []
+    for op, backend in itertools.product(args.op, args.backend):
+        try:
+            nivmf_fast.which_backend(op, args.device, backend=backend)
+        except RuntimeError as error:
+            raise SystemExit(f"--backend {backend}: {error}") from None
     for op in args.op:
         for name in args.shape:
             for T in args.temperature if op != "vmf_rsample" else [1.0]:
-                rows = run(Problem(op, SHAPES[name], T, args.device), args.seconds)
+                problem = Problem(op, SHAPES[name], T, args.device, backends=tuple(args.backend))
+                rows = run(problem, args.seconds)
                 found.append({"op": op, "shape": name, "dimensions": SHAPES[name]._asdict(),
                               "temperature": T, "rows": rows})  # fmt: skip
                 print(report.case_table(found[-1]) + "\n", flush=True)
@@ -141,12 +149,13 @@ def parser(command: str) -> argparse.ArgumentParser:
     parser.add_argument("--seconds", type=float, default=None, help="per case; default 1")
     parser.add_argument("--quick", action="store_true", help=f"{QUICK} seconds per case")
     parser.add_argument("--json", type=Path, help="write the figures to this file, and as .md")
-    parser.set_defaults(temperature=[1.0, 0.003], against=None, plots=None)
+    parser.set_defaults(temperature=[1.0, 0.003], backend=[], against=None, plots=None)
     if command == "kernels":
         parser.add_argument("--op", nargs="+", choices=CASES, default=["proxy_nca", "vmf_rsample"])
         parser.add_argument("--shape", nargs="+", choices=SHAPES, metavar="SHAPE",
                             default=["cub-128", "cub-512"], help=", ".join(SHAPES))  # fmt: skip
         parser.add_argument("--temperature", nargs="+", type=float)
+        parser.add_argument("--backend", nargs="+", choices=BACKENDS, help="default all there are")
         parser.add_argument("--against", type=Path, metavar="FILE", help="compare with this file")
     if command in ("kernels", "all"):
         parser.add_argument("--plots", type=Path, metavar="DIR", help="PNG and SVG")

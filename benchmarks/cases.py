@@ -48,6 +48,7 @@ class Problem:
     temperature: float
     device: str
     dtype: torch.dtype = torch.float32
+    backends: tuple[str, ...] = ()  # of this library; none: all that run here
 
     def __post_init__(self) -> None:
         B, N, P, D = self.shape
@@ -66,6 +67,7 @@ class Problem:
         return Problem(self.op, self.shape, self.temperature, self.device, torch.float64)
 
 
+BACKENDS = ("cpu", "cuda", "triton", "reference")
 NAMES = ("value", "samples", "loc", "concentration", "temperature")
 
 
@@ -213,7 +215,8 @@ def _sampler_cases(problem: Problem) -> Iterator[tuple[str, Callable[[], Step]]]
     B, N, _, D = problem.shape
     loc, k = problem.image, problem.k
     seed = torch.zeros((), dtype=torch.int64, device=problem.device)
-    for backend in _backends(problem):
+    backends = _backends(problem)
+    for backend in backends:
         yield (
             f"nivmf_fast ({backend})",
             lambda b=backend: _sampler_step(
@@ -221,8 +224,10 @@ def _sampler_cases(problem: Problem) -> Iterator[tuple[str, Callable[[], Step]]]
             ),
         )
     yield (
-        "nivmf_fast, forward only",
-        lambda: lambda: {"samples": nivmf_fast.vmf_rsample(loc, k, N, seed=seed)},
+        "nivmf_fast, forward only",  # of the first backend
+        lambda: (
+            lambda: {"samples": nivmf_fast.vmf_rsample(loc, k, N, seed=seed, backend=backends[0])}
+        ),
     )
     yield (
         "torch.randn of the same shape",
@@ -234,8 +239,10 @@ def _sampler_cases(problem: Problem) -> Iterator[tuple[str, Callable[[], Step]]]
 
 
 def _backends(problem: Problem) -> list[str]:
+    if problem.backends:
+        return list(problem.backends)
     found = []
-    for backend in ("cpu", "cuda", "triton", "reference"):
+    for backend in BACKENDS:
         try:
             nivmf_fast.which_backend(problem.op, problem.device, problem.dtype, backend)
         except RuntimeError:

@@ -75,6 +75,19 @@ def test_the_exit_code_is_one_when_something_got_slower(
     assert "| a |" in new.with_suffix(".md").read_text()
 
 
+def test_the_backends_asked_for_are_timed_and_others_refused(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(cases.SHAPES, "tiny", TINY.shape)
+    small = ["--op", "vmf_rsample", "--shape", "tiny", "--seconds", "0.001", "--device", "cpu"]
+    assert command.main([*small, "--backend", "reference"]) == 0
+    said = capsys.readouterr().out
+    assert "| nivmf_fast (reference) |" in said
+    assert "(cpu)" not in said
+    with pytest.raises(SystemExit, match="--backend cuda: backend 'cuda' "):
+        command.main([*small, "--backend", "cuda"])
+
+
 def test_a_file_that_is_none_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "old.json"
     for content in ("{", "[]", "{}"):

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -45,6 +46,14 @@ def run(processes: int, out: Path, data_root: Path, *flags: str) -> tuple[list[d
     with (out / "metrics.csv").open() as file:
         rows = [{k: float(v or "nan") for k, v in r.items()} for r in csv.DictReader(file)]
     return rows, done.stdout + done.stderr
+
+
+def without_its_end(whole: Path, out: Path) -> Path:
+    """A copy of a run folder as after the last epoch but one."""
+    shutil.copytree(whole, out)
+    for name in ("checkpoint_last.pt", "report.html", "config.json"):
+        (out / name).unlink()
+    return out
 
 
 @pytest.mark.parametrize(
@@ -96,10 +105,7 @@ def test_classes_spread_over_processes_give_the_losses_of_one(tmp_path, data_roo
 def test_spread_classes_are_resumed_by_another_number_of_processes(tmp_path, data_root):
     flags = ("--freeze-batchnorm", "--class-parallel")
     whole, _ = run(2, tmp_path / "whole", data_root, *flags)
-    out = tmp_path / "out"
-    run(2, out, data_root, *flags)
-    for name in ("checkpoint_last.pt", "report.html"):
-        (out / name).unlink()
+    out = without_its_end(tmp_path / "whole", tmp_path / "out")
     resumed, said = run(1, out, data_root, "--resume", *flags)
     assert "resuming after epoch 2 of 3" in said
     assert resumed[2]["loss"] == pytest.approx(whole[2]["loss"], rel=1e-5)
@@ -147,10 +153,7 @@ def rank_of(pid: str) -> str | None:
 def test_statistics_of_each_process_are_warned_of_and_the_run_resumes(tmp_path, data_root):
     whole, said = run(2, tmp_path / "whole", data_root)
     assert said.count("warning: on the CPU every process has BatchNorm statistics") == 1
-    out = tmp_path / "out"
-    run(2, out, data_root)
-    for name in ("checkpoint_last.pt", "report.html"):
-        (out / name).unlink()
+    out = without_its_end(tmp_path / "whole", tmp_path / "out")
     resumed, said = run(2, out, data_root, "--resume")
     assert "resuming after epoch 2 of 3" in said
     names = [name for name in whole[0] if not name.startswith("seconds_")]
