@@ -24,18 +24,20 @@ import torch
 
 import nivmf_fast
 from benchmarks import gpu, report, scale, timing, training
-from benchmarks.cases import BACKENDS, CASES, SHAPES, Problem, tangential, truth
+from benchmarks.cases import BACKENDS, CASES, SHAPES, Problem, Step, tangential, truth
 from benchmarks.samplers import moment_error
 
 STANDARD_ERRORS = 5  # that a sampler's mean cosine may be off
 TOLERANCE = 0.05  # of a case against float64: all compute the same thing, or the time says nothing
 QUICK = 0.2  # seconds per case
+ROUNDS = 5  # of all problems: a minute in which the machine is busy then meets more than one
+HEAVY = 1 << 28  # bytes of inputs above which a problem has its rounds at once and is let go
 
 Found = dict[str, Any]
 
 
-def run(problem: Problem, seconds: float) -> list[Found]:
-    """A row for every case of a problem, ours first; each is checked before it is timed."""
+def checked(problem: Problem) -> tuple[list[Found], dict[str, Step]]:
+    """A row for every case of a problem, ours first, and the steps that are left to be timed."""
     want, steps, rows = tangential(truth(problem), problem), {}, []
     for name, make in CASES[problem.op](problem):
         try:
@@ -62,31 +64,62 @@ def run(problem: Problem, seconds: float) -> list[Found]:
                 "repeats": timing.repeats(steps[name]),
             }
         )
-    times = timing.measure(steps, problem.device, seconds)
-    ours = next(iter(times.values()))["median_ms"]
-    for row in rows:
-        if row["case"] in times:
-            row |= times[row["case"]] | {"ratio": times[row["case"]]["median_ms"] / ours}
-    return rows
+    return rows, steps
+
+
+class Timed:
+    """A problem's result, with the times of all rounds so far."""
+
+    def __init__(self, problem: Problem, shape: str) -> None:
+        self.problem = problem
+        rows, self.steps = checked(problem)
+        self.times: dict[str, list[float]] = {name: [] for name in self.steps}
+        self.result = {"op": problem.op, "shape": shape, "dimensions": problem.shape._asdict(),
+                       "temperature": problem.temperature, "rows": rows}  # fmt: skip
+
+    def round(self, seconds: float) -> None:
+        for name, ms in timing.turns(self.steps, self.problem.device, seconds, 2).items():
+            self.times[name] += ms
+        times = {name: timing.summarised(ms) for name, ms in self.times.items()}
+        for row in self.result["rows"]:
+            if row["case"] in times:
+                first = next(iter(times.values()))["median_ms"]
+                row |= times[row["case"]] | {"ratio": times[row["case"]]["median_ms"] / first}
 
 
 def kernels(args: argparse.Namespace) -> Found:
-    found = []
     for op, backend in itertools.product(args.op, args.backend):
         try:
             nivmf_fast.which_backend(op, args.device, backend=backend)
         except RuntimeError as error:
             raise SystemExit(f"--backend {backend}: {error}") from None
+    found: list[Found] = []
+    kept: list[Timed] = []
+
+    def go_on(timed: Timed) -> None:
+        timed.round(args.seconds / ROUNDS)
+        if args.json:  # what is cut short keeps what it has
+            report.write(args.json, {"machine": args.about, "results": found})
+
     for op in args.op:
         for name in args.shape:
             for T in args.temperature if op != "vmf_rsample" else [1.0]:
                 problem = Problem(op, SHAPES[name], T, args.device, backends=tuple(args.backend))
-                rows = run(problem, args.seconds)
-                found.append({"op": op, "shape": name, "dimensions": SHAPES[name]._asdict(),
-                              "temperature": T, "rows": rows})  # fmt: skip
-                print(report.case_table(found[-1]) + "\n", flush=True)
-                if args.json:  # what is cut short keeps what it has
-                    report.write(args.json, {"machine": args.about, "results": found})
+                timed = Timed(problem, name)
+                print(f"checked: {report.title(timed.result)}", file=sys.stderr, flush=True)
+                found.append(timed.result)
+                go_on(timed)
+                if sum(tensor.nbytes for tensor in problem.inputs) <= HEAVY:
+                    kept.append(timed)
+                    continue
+                for _ in range(ROUNDS - 1):
+                    go_on(timed)
+    for number in range(2, ROUNDS + 1):
+        print(f"round {number} of {ROUNDS}", file=sys.stderr, flush=True)
+        for timed in kept:
+            go_on(timed)
+    for result in found:
+        print(report.case_table(result) + "\n", flush=True)
     return {"results": found}
 
 
@@ -190,7 +223,7 @@ def main(arguments: Sequence[str]) -> int:
     if args.plots and "ceilings" not in found:
         found |= ceilings(args)  # for the roofline
     found_last = {key: value for key, value in found.items() if key != "results"}
-    print(report.markdown(found_last))  # the kernels' tables have been printed one by one
+    print(report.markdown(found_last))  # the kernels' tables have been printed
     if args.json:
         report.write(args.json, found)
         print(f"written: {args.json}")

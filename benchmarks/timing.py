@@ -44,27 +44,34 @@ def _once(step: Callable[[], Results], device: str, flush: Tensor | None) -> flo
     return begin.elapsed_time(end) / 1e3
 
 
-def measure(
-    steps: dict[str, Callable[[], Results]], device: str, seconds: float
-) -> dict[str, dict[str, float]]:
-    """Median, p10 and p90 in ms of each step; they take turns, so that all meet the same machine.
+def turns(
+    steps: dict[str, Callable[[], Results]], device: str, seconds: float, least: int = 1
+) -> dict[str, list[float]]:
+    """All times in ms of each step; they take turns, so that all meet the same machine.
 
-    A turn of a step is once or an eighth of `seconds`, and there are at least 3 turns, and as many
-    as fit into `seconds` times the number of steps.
+    A turn of a step is once or an eighth of `seconds`, and there are as many as fit into `seconds`
+    times the number of steps, but at least so many.
     """
     flush = torch.empty(1 << 28, dtype=torch.uint8, device=device) if device == "cuda" else None
     for step in steps.values():
         step()
     times: dict[str, list[float]] = {name: [] for name in steps}
-    turns, deadline = 0, time.perf_counter() + seconds * len(steps)
-    while turns < 3 or time.perf_counter() < deadline:
-        turns += 1
+    taken, deadline = 0, time.perf_counter() + seconds * len(steps)
+    while taken < least or time.perf_counter() < deadline:
+        taken += 1
         for name, step in steps.items():
             end = time.perf_counter() + seconds / 8
             times[name].append(_once(step, device, flush) * 1e3)
             while time.perf_counter() < end:
                 times[name].append(_once(step, device, flush) * 1e3)
-    return {name: summarised(values) for name, values in times.items()}
+    return times
+
+
+def measure(
+    steps: dict[str, Callable[[], Results]], device: str, seconds: float
+) -> dict[str, dict[str, float]]:
+    """Median, p10 and p90 in ms of each step, of three turns or more."""
+    return {k: summarised(ms) for k, ms in turns(steps, device, seconds, least=3).items()}
 
 
 def summarised(ms: list[float]) -> dict[str, float]:

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import time
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -118,18 +119,42 @@ def test_all_keeps_what_it_has_when_a_part_breaks(
 def test_every_case_has_its_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     few = [case for case in cases.CASES["proxy_nca"](TINY) if case[0] != "torch.compile"]
     monkeypatch.setitem(cases.CASES, "proxy_nca", lambda _: iter(few))
-    rows = command.run(TINY, 0.01)
+    timed = command.Timed(TINY, "tiny")
+    rows = timed.result["rows"]
+    timed.round(0.01)
+    runs = [found["runs"] for found in rows]
+    timed.round(0.01)
     assert [row["case"] for row in rows] == [name for name, _ in few]
-    for found in rows:
+    for found, before in zip(rows, runs, strict=True):
+        assert found["runs"] > before  # the times of both rounds
         assert found["p10_ms"] <= found["median_ms"] <= found["p90_ms"]
         assert found["launches"] is found["host_syncs"] is None
         if found["case"] != "matrix products only":
             assert max(found["errors"].values()) < 1e-4 and found["repeats"]
-    result = {"op": "proxy_nca", "shape": "tiny", "dimensions": TINY.shape._asdict()}
-    assert (
-        report.case_table({**result, "temperature": 1.0, "rows": rows}).count("\n|")
-        == len(rows) + 2
-    )
+    assert report.case_table(timed.result).count("\n|") == len(rows) + 2
+
+
+@pytest.mark.parametrize("heavy", [False, True])
+def test_every_problem_has_all_its_rounds(
+    heavy: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rounds: list[float] = []
+
+    def counted(timed: command.Timed, seconds: float) -> None:
+        rounds.append(timed.problem.temperature)
+        for row in timed.result["rows"]:
+            row |= {"median_ms": 1.0, "p10_ms": 1.0, "p90_ms": 1.0, "ratio": 1.0}
+
+    every = cases.CASES["proxy_nca"]
+    monkeypatch.setitem(cases.CASES, "proxy_nca", lambda problem: islice(every(problem), 1))
+    monkeypatch.setitem(cases.SHAPES, "tiny", TINY.shape)
+    monkeypatch.setattr(command.Timed, "round", counted)
+    monkeypatch.setattr(command, "HEAVY", 0 if heavy else 1 << 28)
+    arguments = ["--op", "proxy_nca", "--shape", "tiny", "--device", "cpu"]
+    assert command.main([*arguments, "--json", str(tmp_path / "new.json")]) == 0
+    n = command.ROUNDS
+    assert rounds == ([1.0] * n + [0.003] * n if heavy else [1.0, 0.003] * n)
+    assert len(report.read(tmp_path / "new.json")["results"]) == 2
 
 
 def test_a_baseline_that_computes_something_else_is_refused(
@@ -142,7 +167,7 @@ def test_a_baseline_that_computes_something_else_is_refused(
         cases.CASES, "proxy_nca", lambda _: iter([(name, make), ("wrong", lambda: lambda: wrong)])
     )
     with pytest.raises(SystemExit, match="wrong computes something else"):
-        command.run(TINY, 0.01)
+        command.Timed(TINY, "tiny")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the resident set is read from /proc")
