@@ -199,7 +199,7 @@ def ceilings(device: str, seconds: float = 0.5) -> dict[str, float]:
     target = torch.empty_like(source)
 
     def took(step: Callable[[], Any]) -> float:
-        return measure({"": step}, device, seconds)[""]["median_ms"] / 1e3
+        return measure({"": step}, device, seconds)[""]["min_ms"] / 1e3
 
     best = {"copy_gb_per_s": 2 * size / took(lambda: target.copy_(source)) / 1e9}
     a, b = torch.randn(2, n, n, device=device)
