@@ -10,7 +10,8 @@
 // The logits of an image are one softmax over its samples and all proxies, so that the backward
 // needs two numbers per image. Each image's maximum over each panel is kept: the backward leaves
 // out every (image, panel) whose softmax mass is certainly below rounding, and only the rows that
-// remain are gathered and multiplied.
+// remain are gathered and multiplied. In these the scores below the same bound have no weight, and
+// where most have none, the products pass over what is zero.
 #include "log_ppk.h"
 
 #include <algorithm>
@@ -157,6 +158,78 @@ NIVMF_CLONES void multiply(int64_t rows, int64_t columns, int64_t depth, const T
           } else {
             NIVMF_LANES(T, l) to[t * c_stride + l] = sum[t][l];
           }
+        }
+      }
+    }
+  }
+}
+
+// The same product with an a of which each tile of rows is zero but at the steps listed for it.
+// Leaving out what adds zero changes no bit.
+struct Steps {
+  std::vector<int32_t> step, end;  // end: of each tile's steps
+
+  // True where the list is worth its indirection.
+  template <typename T>
+  bool list(int64_t rows, int64_t depth, const T* a, int64_t row_stride, int64_t stride);
+};
+
+template <typename T>
+NIVMF_CLONES int64_t list_steps(int64_t depth, const T* __restrict__ a, int64_t row_stride,
+                                int64_t stride, int32_t* __restrict__ out) {
+  int64_t count = 0;
+  for (int64_t k = 0; k < depth; ++k) {
+    bool used = false;
+    NIVMF_UNROLL
+    for (int64_t t = 0; t < kTileRows; ++t) used |= a[t * row_stride + k * stride] != 0;
+    out[count] = int32_t(k);
+    count += used;
+  }
+  return count;
+}
+
+template <typename T>
+bool Steps::list(int64_t rows, int64_t depth, const T* a, int64_t row_stride, int64_t stride) {
+  const int64_t tiles = ceil_div(rows, kTileRows);
+  step.resize(tiles * depth + 1);
+  end.resize(tiles);
+  int64_t count = 0;
+  for (int64_t i = 0; i < tiles; ++i) {
+    count +=
+        list_steps(depth, a + i * kTileRows * row_stride, row_stride, stride, step.data() + count);
+    end[i] = int32_t(count);
+  }
+  return 2 * count < tiles * depth;
+}
+
+template <typename T>
+NIVMF_CLONES void multiply(const Steps& steps, int64_t rows, int64_t columns, int64_t depth,
+                           const T* a, int64_t row_stride, int64_t stride, const T* __restrict__ b,
+                           bool add, T* __restrict__ c, int64_t c_stride) {
+  const int32_t* const step = steps.step.data();
+  for (int64_t j = 0; j < columns; j += kLanes<T>) {
+    const T* const strip = b + j * depth;
+    int64_t n = 0;
+    for (int64_t i = 0; i < rows; i += kTileRows) {
+      const T* const from = a + i * row_stride;
+      T* const to = c + i * c_stride + j;
+      T sum[kTileRows][kLanes<T>];
+      for (int64_t t = 0; t < kTileRows; ++t) {
+        NIVMF_LANES(T, l) sum[t][l] = 0;
+      }
+      for (const int64_t end = steps.end[i / kTileRows]; n < end; ++n) {
+        const int64_t k = step[n];
+        NIVMF_UNROLL
+        for (int64_t t = 0; t < kTileRows; ++t) {
+          const T x = from[t * row_stride + k * stride];
+          NIVMF_LANES(T, l) sum[t][l] += x * strip[k * kLanes<T> + l];
+        }
+      }
+      for (int64_t t = 0; t < kTileRows; ++t) {
+        if (add) {
+          NIVMF_LANES(T, l) to[t * c_stride + l] += sum[t][l];
+        } else {
+          NIVMF_LANES(T, l) to[t * c_stride + l] = sum[t][l];
         }
       }
     }
@@ -613,11 +686,12 @@ struct GradientScratch {
   Buffer<T> dx, dx2;             // [kBlock, padded]
   Buffer<T> d_linear, d_spread;  // of a panel, whole tiles, where no other row group adds to it
   Buffer<double> d_bias;
+  Steps of_rows, of_proxies;
   double d_temperature = 0;
 
   GradientScratch(const Task<T>& op, int64_t slab)
       : weight(kPanel),
-        g1((kBlock + 1) * kStride),  // whole tiles are read
+        g1((kBlock + 1) * kStride),  // whole tiles of proxies are read too
         g2((kBlock + 1) * kStride),
         x(kBlock * op.padded),
         xx(kBlock * op.padded),
@@ -641,12 +715,14 @@ NIVMF_INLINE double moment(const T* weight, const T* z, T top, int64_t size) {
 
 // Softmax over samples and proxies less that over samples of the own proxy, which is at `label` of
 // this panel or not in it. The weights of an image sum to zero: taking its maximum off every score
-// changes no gradient.
+// changes no gradient. What is certainly below rounding becomes zero, and is not multiplied.
 template <typename T>
 NIVMF_CLONES double nca_weights(const Softmax<T>& image, const T* __restrict__ z, int64_t width,
-                                int64_t size, int64_t label, T scale, T* __restrict__ weight) {
+                                int64_t size, int64_t label, T scale, T least,
+                                T* __restrict__ weight) {
   for (int64_t j = 0; j < size; ++j) {
-    weight[j] = image.grad * exp2_of((z[j] - image.top) * scale - image.rest);
+    const T w = image.grad * exp2_of((z[j] - image.top) * scale - image.rest);
+    weight[j] = z[j] < least ? T(0) : w;
   }
   if (label >= 0 && label < width) {
     weight[label] -= image.grad * exp2_of((z[label] - image.own_top) * scale - image.own_rest);
@@ -730,8 +806,10 @@ void backward_panel(const Task<T>& op, const BackwardJob<T>& job, int64_t p,
       row_scores(op, num, delta, panel.bias.data(), panel.lanes, z);
       if (job.images != nullptr) {
         const Softmax<T>& softmax = job.images[image];
+        const bool all = job.saved[p * job.layout.columns + image] == T(INFINITY);  // as in `alive`
+        const T least = all ? T(-INFINITY) : std::nextafter(T(softmax.least), T(-INFINITY));
         out.d_temperature += nca_weights(softmax, z, panel.width, panel.lanes,
-                                         softmax.label - panel.first, op.scale, weight);
+                                         softmax.label - panel.first, op.scale, least, weight);
       } else {
         const int64_t at = image * op.proxies + panel.first;
         out.d_temperature += ppk_weights(job.grad + at, job.tops + at, job.tops + pairs + at, z,
@@ -744,12 +822,26 @@ void backward_panel(const Task<T>& op, const BackwardJob<T>& job, int64_t p,
       pack_row(op.samples + row_offset(op, rows[start + r]), r, size, op.dim, out.x.data(),
                op.squares ? out.xx.data() : nullptr);
     }
+    for (int64_t r = size; r % kTileRows != 0; ++r) {  // to a whole tile
+      std::fill_n(out.g1.data() + r * kStride, panel.lanes, T(0));
+      std::fill_n(out.g2.data() + r * kStride, panel.lanes, T(0));
+    }
+    // g2 is zero where g1 is
+    const bool few = out.of_rows.list(size, panel.width, out.g1.data(), kStride, 1) &&
+                     out.of_proxies.list(panel.width, size, out.g1.data(), 1, kStride);
     const auto gradients = [&](const Buffer<T>& g, const Buffer<T>& proxies, const Buffer<T>& x,
                                Buffer<T>& dx, T* d_proxies) {
-      multiply(size, op.padded, panel.width, g.data(), kStride, 1, proxies.data(), false, dx.data(),
-               op.padded);
-      multiply(panel.width, op.padded, size, g.data(), 1, kStride, x.data(), start > 0, d_proxies,
-               op.padded);
+      const auto product = [&](const Steps& steps, int64_t rows, int64_t depth, int64_t row_stride,
+                               int64_t stride, const T* b, bool add, T* c) {
+        if (few) {
+          multiply(steps, rows, op.padded, depth, g.data(), row_stride, stride, b, add, c,
+                   op.padded);
+        } else {
+          multiply(rows, op.padded, depth, g.data(), row_stride, stride, b, add, c, op.padded);
+        }
+      };
+      product(out.of_rows, size, panel.width, kStride, 1, proxies.data(), false, dx.data());
+      product(out.of_proxies, panel.width, size, 1, kStride, x.data(), start > 0, d_proxies);
     };
     gradients(out.g1, panel.linear_rows, out.x, out.dx, d_linear);
     if (op.squares) gradients(out.g2, panel.spread_rows, out.xx, out.dx2, d_spread);
@@ -878,7 +970,8 @@ bool alive(const Task<T>& op, const BackwardJob<T>& job, int64_t p, int64_t imag
   const Softmax<T>& softmax = job.images[image];
   const int64_t label = softmax.label - p * job.layout.width;
   if (label >= 0 && label < job.layout.width) return true;
-  return !(double(job.saved[p * job.layout.columns + image]) < softmax.least);  // so is NaN
+  // so is NaN; a maximum that a test sets to infinity is never below
+  return !(double(job.saved[p * job.layout.columns + image]) < softmax.least);
 }
 
 // Numbers in the gradient of one panel's linear or spread, written in whole tiles.
