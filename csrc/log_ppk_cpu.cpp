@@ -128,11 +128,42 @@ NIVMF_INLINE T sum_of(T* lanes) {
 // ---- products
 // -----------------------------------------------------------------------------------------------------------
 
+// Sums of kTileRows rows and kLanes columns, in registers.
+template <typename T>
+struct Tile {
+  T sum[kTileRows][kLanes<T>];
+
+  NIVMF_INLINE void clear() {
+    for (int64_t t = 0; t < kTileRows; ++t) {
+      NIVMF_LANES(T, l) sum[t][l] = 0;
+    }
+  }
+
+  // The products of one number of each row of a, row_stride apart, and kLanes of b.
+  NIVMF_INLINE void step(const T* a, int64_t row_stride, const T* b) {
+    NIVMF_UNROLL
+    for (int64_t t = 0; t < kTileRows; ++t) {
+      const T x = a[t * row_stride];
+      NIVMF_LANES(T, l) sum[t][l] += x * b[l];
+    }
+  }
+
+  NIVMF_INLINE void store(bool add, T* __restrict__ c, int64_t c_stride) const {
+    for (int64_t t = 0; t < kTileRows; ++t) {
+      if (add) {
+        NIVMF_LANES(T, l) c[t * c_stride + l] += sum[t][l];
+      } else {
+        NIVMF_LANES(T, l) c[t * c_stride + l] = sum[t][l];
+      }
+    }
+  }
+};
+
 // c [rows, columns] (+)= a [rows, depth] b [depth, columns]: b in strips of kLanes columns, a by
 // its two strides. Writes whole tiles: rows up to a multiple of kTileRows, columns of kLanes.
 template <typename T>
 NIVMF_CLONES void multiply(int64_t rows, int64_t columns, int64_t depth, const T* a,
-                           int64_t row_stride, int64_t step, const T* __restrict__ b, bool add,
+                           int64_t row_stride, int64_t stride, const T* __restrict__ b, bool add,
                            T* __restrict__ c, int64_t c_stride) {
   for (int64_t begin = 0; begin < depth; begin += kDepth) {
     const int64_t end = std::min(begin + kDepth, depth);
@@ -140,25 +171,12 @@ NIVMF_CLONES void multiply(int64_t rows, int64_t columns, int64_t depth, const T
       const T* const strip = b + j * depth;
       for (int64_t i = 0; i < rows; i += kTileRows) {
         const T* const from = a + i * row_stride;
-        T* const to = c + i * c_stride + j;
-        T sum[kTileRows][kLanes<T>];
-        for (int64_t t = 0; t < kTileRows; ++t) {
-          NIVMF_LANES(T, l) sum[t][l] = 0;
-        }
+        Tile<T> tile;
+        tile.clear();
         for (int64_t k = begin; k < end; ++k) {
-          NIVMF_UNROLL
-          for (int64_t t = 0; t < kTileRows; ++t) {
-            const T x = from[t * row_stride + k * step];
-            NIVMF_LANES(T, l) sum[t][l] += x * strip[k * kLanes<T> + l];
-          }
+          tile.step(from + k * stride, row_stride, strip + k * kLanes<T>);
         }
-        for (int64_t t = 0; t < kTileRows; ++t) {
-          if (add || begin > 0) {
-            NIVMF_LANES(T, l) to[t * c_stride + l] += sum[t][l];
-          } else {
-            NIVMF_LANES(T, l) to[t * c_stride + l] = sum[t][l];
-          }
-        }
+        tile.store(add || begin > 0, c + i * c_stride + j, c_stride);
       }
     }
   }
@@ -206,32 +224,16 @@ template <typename T>
 NIVMF_CLONES void multiply(const Steps& steps, int64_t rows, int64_t columns, int64_t depth,
                            const T* a, int64_t row_stride, int64_t stride, const T* __restrict__ b,
                            bool add, T* __restrict__ c, int64_t c_stride) {
-  const int32_t* const step = steps.step.data();
   for (int64_t j = 0; j < columns; j += kLanes<T>) {
     const T* const strip = b + j * depth;
-    int64_t n = 0;
+    const int32_t* k = steps.step.data();
     for (int64_t i = 0; i < rows; i += kTileRows) {
       const T* const from = a + i * row_stride;
-      T* const to = c + i * c_stride + j;
-      T sum[kTileRows][kLanes<T>];
-      for (int64_t t = 0; t < kTileRows; ++t) {
-        NIVMF_LANES(T, l) sum[t][l] = 0;
-      }
-      for (const int64_t end = steps.end[i / kTileRows]; n < end; ++n) {
-        const int64_t k = step[n];
-        NIVMF_UNROLL
-        for (int64_t t = 0; t < kTileRows; ++t) {
-          const T x = from[t * row_stride + k * stride];
-          NIVMF_LANES(T, l) sum[t][l] += x * strip[k * kLanes<T> + l];
-        }
-      }
-      for (int64_t t = 0; t < kTileRows; ++t) {
-        if (add) {
-          NIVMF_LANES(T, l) to[t * c_stride + l] += sum[t][l];
-        } else {
-          NIVMF_LANES(T, l) to[t * c_stride + l] = sum[t][l];
-        }
-      }
+      const int32_t* const end = steps.step.data() + steps.end[i / kTileRows];
+      Tile<T> tile;
+      tile.clear();
+      for (; k < end; ++k) tile.step(from + *k * stride, row_stride, strip + *k * kLanes<T>);
+      tile.store(add, c + i * c_stride + j, c_stride);
     }
   }
 }
