@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import time
@@ -332,7 +333,7 @@ def test_a_part_that_fails_or_takes_too_long_leaves_the_others(tmp_path: Path) -
     given = results(row("nivmf_fast (cuda)", 1.0))
     gives = f"import sys; open(sys.argv[2], 'w').write({json.dumps(given)!r})"
     mark = tmp_path / "survivor"
-    child = f"import time; time.sleep(4); open({str(mark)!r}, 'w')"
+    child = f"import time; time.sleep(7); open({str(mark)!r}, 'w')"
     slow = (
         "import subprocess, sys, time; "
         f"subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(60)"
@@ -340,21 +341,17 @@ def test_a_part_that_fails_or_takes_too_long_leaves_the_others(tmp_path: Path) -
     file, second = tmp_path / "found.json", tmp_path / "out" / "found.json"
     found: dict[str, Any] = {"machine": given["machine"]}
     planned = [
-        (part("bad", "raise SystemExit('it broke')"), 60.0),
-        (part("slow", slow), 1.5),
-        (part("absent", "", program="no-such-program"), 60.0),
-        (part("first", gives, gives=True), 60.0),
-        (part("cut", gives + "; import time; time.sleep(60)", gives=True), 1.5),
+        (part("bad", "raise SystemExit('it broke')"), 4.0),
+        (part("slow", slow), 0.5),  # and what is left of the 4
+        (part("absent", "", program="no-such-program"), 0.5),
+        (part("first", gives, gives=True), 4.0),
+        (part("cut", gives + "; import time; time.sleep(60)", gives=True), 0.5),
     ]
     gpu.run_parts(planned, 100, found, [file, second])
     states = {p["name"]: p["state"] for p in found["parts"]}
-    assert states == {
-        "bad": "failed (1)",
-        "slow": "ran past 2 s",
-        "absent": "skipped",
-        "first": "done",
-        "cut": "ran past 2 s",
-    }
+    assert re.fullmatch(r"ran past [1-5] s", states.pop("slow"))
+    assert re.fullmatch(r"ran past [1-5] s", states.pop("cut"))
+    assert states == {"bad": "failed (1)", "absent": "skipped", "first": "done"}
     assert found["parts"][0]["said"] == "it broke"
     assert len(found["results"]) == 2  # that of the part that was cut, too
     assert file.read_text() == second.read_text() == json.dumps(found, indent=1) + "\n"
