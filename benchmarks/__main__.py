@@ -78,7 +78,7 @@ class Timed:
                        "temperature": problem.temperature, "rows": rows}  # fmt: skip
 
     def round(self, seconds: float) -> None:
-        for name, ms in timing.turns(self.steps, self.problem.device, seconds, 2).items():
+        for name, ms in timing.turns(self.steps, self.problem.device, seconds, least=2).items():
             self.times[name] += ms
         times = {name: timing.summarised(ms) for name, ms in self.times.items()}
         for row in self.result["rows"]:

@@ -45,12 +45,12 @@ def _once(step: Callable[[], Results], device: str, flush: Tensor | None) -> flo
 
 
 def turns(
-    steps: dict[str, Callable[[], Results]], device: str, seconds: float, least: int = 1
+    steps: dict[str, Callable[[], Results]], device: str, seconds: float, least: int
 ) -> dict[str, list[float]]:
     """All times in ms of each step; they take turns, so that all meet the same machine.
 
     A turn of a step is once or an eighth of `seconds`, and there are as many as fit into `seconds`
-    times the number of steps, but at least so many.
+    times the number of steps, but not fewer than `least`.
     """
     flush = torch.empty(1 << 28, dtype=torch.uint8, device=device) if device == "cuda" else None
     for step in steps.values():
