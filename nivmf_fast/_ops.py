@@ -18,45 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nivmf_fast import reference, special
+from nivmf_fast import _schemas, reference, special
+from nivmf_fast._schemas import SCHEMAS, Options
 
-_PROXIES = "Tensor samples, Tensor loc, Tensor concentration"
-_OPTIONS = "bool exact, bool projection, bool fast, int workspace"
-# arguments and returns; the public op appends `str backend` to the arguments
-_SCHEMAS = {
-    "vmf_log_normalizer": ("Tensor concentration, int dim, int order", "Tensor"),
-    "vmf_rsample": (
-        "Tensor loc, Tensor concentration, int n, Tensor seed, int image_offset",
-        "(Tensor, Tensor)",
-    ),
-    "vmf_rsample_backward": (
-        "Tensor grad, Tensor samples, Tensor one_minus_w, Tensor loc, Tensor concentration",
-        "(Tensor, Tensor)",
-    ),
-    # -> s less its constants, saved, the bias that was left out
-    "log_ppk": (f"{_PROXIES}, Tensor temperature, {_OPTIONS}", "(Tensor, Tensor, Tensor)"),
-    "log_ppk_backward": (
-        f"Tensor grad, {_PROXIES}, Tensor temperature, Tensor saved, {_OPTIONS}",
-        "(Tensor, Tensor, Tensor, Tensor)",
-    ),
-    # -> losses, partial, saved. `loc` may be any range of all proxies (with labels counted from
-    # its first): the rows of `partial` are each image's maximum and log sum over the range, then
-    # over its own proxy (-inf, 0 outside the range), and the backward takes the combined ones.
-    "proxy_nca": (
-        f"{_PROXIES}, Tensor labels, Tensor temperature, {_OPTIONS}",
-        "(Tensor, Tensor, Tensor)",
-    ),
-    "proxy_nca_backward": (
-        f"Tensor grad, {_PROXIES}, Tensor labels, Tensor temperature, Tensor partial, "
-        f"Tensor saved, {_OPTIONS}",
-        "(Tensor, Tensor, Tensor, Tensor)",
-    ),
-}
-
+_OLD = "bool exact, bool projection, bool fast, int workspace"  # until all backends take Options
 _kernels = torch.library.Library("nivmf_kernels", "DEF")
 _ops = torch.library.Library("nivmf_fast", "DEF")
-for _name, (_arguments, _returns) in _SCHEMAS.items():
-    _kernels.define(f"{_name}({_arguments}) -> {_returns}")
+for _name, (_arguments, _returns) in SCHEMAS.items():
+    _kernels.define(f"{_name}({_arguments.replace(_schemas._OPTIONS, _OLD)}) -> {_returns}")
     _ops.define(f"{_name}({_arguments}, str backend) -> {_returns}")
 
 
@@ -166,8 +135,8 @@ def which_backend(
 
 @functools.cache  # what is built and usable does not change while the process lives
 def _choose(op: str, device: str, dtype: torch.dtype, backend: str) -> str:
-    known = [name for name in _SCHEMAS if not name.endswith("_backward")]
-    if op not in _SCHEMAS:
+    known = [name for name in SCHEMAS if not name.endswith("_backward")]
+    if op not in SCHEMAS:
         raise ValueError(f"op must be one of {', '.join(known)}; got {op!r}")
     if backend == "auto":
         order = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}.get(device, ())
@@ -233,16 +202,23 @@ def _implementation(op: str, backend: str) -> Callable[..., Any]:
     return getattr(torch.ops.nivmf_kernels, op).default  # type: ignore[no-any-return]
 
 
+def _old(options: Options) -> tuple[bool, bool, bool, int]:
+    exact, projection, precision, workspace, keep = options
+    return exact, projection, precision == 1, workspace if keep else 0
+
+
 def _register(op: str) -> None:
     def run(first: Tensor, *args: Any) -> Any:
         *others, backend = args
         chosen = _choose(op, first.device.type, first.dtype, backend)
+        if not op.startswith("vmf"):
+            others[-5:] = _old(Options(*others[-5:]))
         return _implementation(op, chosen)(first, *others)
 
     _ops.impl(op, run, "CompositeExplicitAutograd")
 
 
-for _name in _SCHEMAS:
+for _name in SCHEMAS:
     _register(_name)
 
 
@@ -276,16 +252,12 @@ def _(
     loc: Tensor,
     concentration: Tensor,
     temperature: Tensor,
-    exact: bool,
-    projection: bool,
-    fast: bool,
-    workspace: int,
-    backend: str,
+    *options_and_backend: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    options = exact, projection, fast, workspace
+    *options, backend = options_and_backend
     chosen = _choose("log_ppk", samples.device.type, samples.dtype, backend)
     values = samples.new_empty(samples.shape[1], loc.shape[0])
-    saved = _saved("log_ppk", chosen, samples, loc, *options)
+    saved = _saved("log_ppk", chosen, samples, loc, *_old(Options(*options)))
     return values, saved, samples.new_empty((), dtype=torch.float64)
 
 
@@ -296,16 +268,12 @@ def _(
     concentration: Tensor,
     labels: Tensor,
     temperature: Tensor,
-    exact: bool,
-    projection: bool,
-    fast: bool,
-    workspace: int,
-    backend: str,
+    *options_and_backend: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     B = samples.shape[1]
-    options = exact, projection, fast, workspace
+    *options, backend = options_and_backend
     chosen = _choose("proxy_nca", samples.device.type, samples.dtype, backend)
-    saved = _saved("proxy_nca", chosen, samples, loc, *options)
+    saved = _saved("proxy_nca", chosen, samples, loc, *_old(Options(*options)))
     return samples.new_empty(B), samples.new_empty(4, B, dtype=torch.float64), saved
 
 
@@ -324,11 +292,7 @@ def _(
     concentration: Tensor,
     temperature: Tensor,
     saved: Tensor,
-    exact: bool,
-    projection: bool,
-    fast: bool,
-    workspace: int,
-    backend: str,
+    *options_and_backend: Any,
 ) -> tuple[Tensor, ...]:
     return _gradients(samples, loc, concentration, temperature)
 
@@ -343,11 +307,7 @@ def _(
     temperature: Tensor,
     partial: Tensor,
     saved: Tensor,
-    exact: bool,
-    projection: bool,
-    fast: bool,
-    workspace: int,
-    backend: str,
+    *options_and_backend: Any,
 ) -> tuple[Tensor, ...]:
     return _gradients(samples, loc, concentration, temperature)
 

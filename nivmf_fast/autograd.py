@@ -45,7 +45,7 @@ def _rsample(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...
 
 
 def _save_log_ppk(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.exact, ctx.projection, ctx.fast, ctx.workspace, ctx.backend = inputs
+    tensors, ctx.options = inputs[:4], inputs[4:]
     _, saved, common = output
     ctx.mark_non_differentiable(saved, common)
     ctx.save_for_backward(*tensors, saved)
@@ -53,7 +53,7 @@ def _save_log_ppk(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 
 
 def _save_proxy_nca(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.exact, ctx.projection, ctx.fast, ctx.workspace, ctx.backend = inputs
+    tensors, ctx.options = inputs[:5], inputs[5:]
     _, partial, saved = output
     ctx.mark_non_differentiable(partial, saved)
     ctx.save_for_backward(*tensors, partial, saved)
@@ -61,23 +61,22 @@ def _save_proxy_nca(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
 
 
 def _kernel_backward(ctx: Any, op: Any, grad: Tensor) -> tuple[Tensor, ...]:
-    options = ctx.exact, ctx.projection, ctx.fast, ctx.workspace, ctx.backend
-    gradients: tuple[Tensor, ...] = op(grad.contiguous(), *ctx.saved_tensors, *options)
+    gradients: tuple[Tensor, ...] = op(grad.contiguous(), *ctx.saved_tensors, *ctx.options)
     return gradients
 
 
 def _log_ppk(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 9
+        return (None,) * 10
     into = _kernel_backward(ctx, torch.ops.nivmf_fast.log_ppk_backward, grad)
-    return (*into, *(None,) * 5)
+    return (*into, *(None,) * 6)
 
 
 def _proxy_nca(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 10
+        return (None,) * 11
     *into, d_temperature = _kernel_backward(ctx, torch.ops.nivmf_fast.proxy_nca_backward, grad)
-    return (*into, None, d_temperature, *(None,) * 5)
+    return (*into, None, d_temperature, *(None,) * 6)
 
 
 def _refuse(op: str, why: str) -> Any:

@@ -6,15 +6,13 @@ or float64 tensors of any strides; half-precision inputs are computed in, and gi
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
 from nivmf_fast import autograd, reference, special  # noqa: F401  (autograd registers gradients)
-
-Normalizer = Literal["exact", "released"]
-Precision = Literal["float32", "fast"]
+from nivmf_fast._schemas import PRECISIONS, Normalizer, Options, Precision
 
 
 def vmf_log_normalizer(
@@ -197,10 +195,7 @@ def log_ppk(
         loc.contiguous(),
         concentration.contiguous(),
         temperature,
-        normalizer == "exact",
-        projection,
-        precision == "fast",
-        _workspace(workspace, samples),
+        *_options(normalizer, projection, precision, workspace, samples),
         backend,
     )
     if constants:  # once, after the sum: in float32 they would drown it
@@ -260,10 +255,7 @@ def proxy_nca(
         concentration.contiguous(),
         labels.contiguous(),
         temperature,
-        normalizer == "exact",
-        projection,
-        precision == "fast",
-        _workspace(workspace, samples),
+        *_options(normalizer, projection, precision, workspace, samples),
         backend,
     )[0]
     return losses
@@ -318,9 +310,8 @@ def proxy_nca_shard(
     _check_proxies(samples, loc, concentration, False)
     temperature = _temperature(temperature, samples, False)
     samples, loc, concentration, temperature = _computable(samples, loc, concentration, temperature)
-    exact, fast = normalizer == "exact", precision == "fast"
     tensors = [t.contiguous() for t in (samples, loc, concentration, labels, temperature)]
-    options = (exact, projection, fast, _workspace(workspace, samples), backend)
+    options = *_options(normalizer, projection, precision, workspace, samples), backend
     losses: Tensor = _ShardedProxyNCA.apply(*tensors, combine, options)
     return losses
 
@@ -453,10 +444,16 @@ def check_options(normalizer: str, precision: str, workspace: int | None) -> Non
         _check_count("workspace", workspace, 1)
 
 
-def _workspace(workspace: int | None, like: Tensor) -> int:
-    if not torch.is_grad_enabled():
-        return 0  # there is no backward to keep scores for
-    return workspace or (256 if like.device.type == "cuda" else 64) << 20
+def _options(
+    normalizer: Normalizer,
+    projection: bool,
+    precision: Precision,
+    workspace: int | None,
+    like: Tensor,
+) -> Options:
+    scratch = workspace or (256 if like.device.type == "cuda" else 64) << 20
+    keep = torch.is_grad_enabled()
+    return Options(normalizer == "exact", projection, PRECISIONS.index(precision), scratch, keep)
 
 
 def _check_proxies(

@@ -21,9 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from nivmf_fast import special
+from nivmf_fast._schemas import Normalizer, Precision
 from nivmf_fast.functional import (
-    Normalizer,
-    Precision,
     check_all,
     check_labels,
     check_options,

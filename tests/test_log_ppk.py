@@ -13,6 +13,7 @@ from torch import Tensor
 
 import nivmf_fast
 from nivmf_fast import _ops, reference
+from nivmf_fast._schemas import Options
 
 GOLDEN = golden("nivmf")["entries"]
 OPTIONS = [
@@ -236,7 +237,7 @@ def test_reference_differentiates_like_its_own_backward():
 def test_opcheck(backend):
     batch = make_batch(3, 4, 5, 6, 0.1).on(device_of(backend))
     tensors = [t.clone().requires_grad_() for t in batch[:4]]
-    options = (True, True, False, 1 << 20, backend)
+    options = *Options(True, True, 0, 1 << 20, True), backend
     op = torch.ops.nivmf_fast
     torch.library.opcheck(op.log_ppk.default, (*tensors, *options))
     torch.library.opcheck(op.proxy_nca.default, (*tensors[:3], batch.labels, tensors[3], *options))
@@ -346,7 +347,7 @@ def test_ranges_of_proxies_combine_to_the_whole(backend, T):
     labels = torch.where(batch.labels < 170, batch.labels % 140, batch.labels)  # none in the middle
     batch = batch._replace(labels=labels).on(device_of(backend))
     x, loc, kappa, temperature, labels = batch
-    options = True, True, False, 1 << 26, backend
+    options = *Options(True, True, 0, 1 << 26, True), backend
     op = torch.ops.nivmf_fast
     want, partial, saved = op.proxy_nca(x, loc, kappa, labels, temperature, *options)
     grad = torch.linspace(-1, 2, 20, device=x.device)
