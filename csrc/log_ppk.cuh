@@ -23,7 +23,7 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "vmf_math.h"
+#include "vmf_normalizer.h"
 
 #ifdef __CUDACC__
 #define NIVMF_D __device__ __forceinline__
