@@ -212,7 +212,8 @@ def _register(op: str) -> None:
         *others, backend = args
         chosen = _choose(op, first.device.type, first.dtype, backend)
         if not op.startswith("vmf"):
-            others[-5:] = _old(Options(*others[-5:]))
+            options = Options(*others[-5:])
+            others[-5:] = [options] if chosen == "reference" else _old(options)
         return _implementation(op, chosen)(first, *others)
 
     _ops.impl(op, run, "CompositeExplicitAutograd")
