@@ -210,8 +210,12 @@ def _register(op: str) -> None:
     def run(first: Tensor, *args: Any) -> Any:
         *others, backend = args
         chosen = _choose(op, first.device.type, first.dtype, backend)
-        if not op.startswith("vmf") and chosen in ("reference", "triton"):
-            others[-5:] = _old(Options(*others[-5:]))
+        if not op.startswith("vmf"):
+            options = Options(*others[-5:])
+            if chosen == "reference":
+                others[-5:] = [options]
+            if chosen == "triton":
+                others[-5:] = _old(options)
         return _implementation(op, chosen)(first, *others)
 
     _ops.impl(op, run, "CompositeExplicitAutograd")

@@ -30,13 +30,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from nivmf_fast.functional import (
-    _seed_tensor,
-    check_labels,
-    combine_partials,
-    loss_of_partial,
-    proxy_nca_shard,
-)
+from nivmf_fast._partials import combine_partials, loss_of_partial
+from nivmf_fast.functional import _seed_tensor, check_labels, proxy_nca_shard
 from nivmf_fast.losses import (
     CosineProxyLoss,
     ELNivMFLoss,

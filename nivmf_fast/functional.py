@@ -12,6 +12,7 @@ import torch
 from torch import Generator, Tensor
 
 from nivmf_fast import autograd, reference, special  # noqa: F401  (autograd registers gradients)
+from nivmf_fast._partials import loss_of_partial
 from nivmf_fast._schemas import PRECISIONS, Normalizer, Options, Precision
 
 
@@ -268,7 +269,7 @@ class _ShardedProxyNCA(torch.autograd.Function):
         _, partial, saved = torch.ops.nivmf_fast.proxy_nca(*tensors, *ctx.options)
         combined = combine(partial)
         ctx.save_for_backward(*tensors, combined, saved)
-        return reference.loss_of_partial(combined, tensors[-1])
+        return loss_of_partial(combined, tensors[-1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -314,9 +315,6 @@ def proxy_nca_shard(
     options = *_options(normalizer, projection, precision, workspace, samples), backend
     losses: Tensor = _ShardedProxyNCA.apply(*tensors, combine, options)
     return losses
-
-
-combine_partials, loss_of_partial = reference.combine_partials, reference.loss_of_partial
 
 
 def vmf_log_ppk(

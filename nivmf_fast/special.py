@@ -9,6 +9,7 @@ recurrence; a Taylor form keeps relative accuracy near zero. The order-th deriva
 is one function of `order`, so that differentiating raises the order by one.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 from fractions import Fraction
@@ -271,3 +272,23 @@ def vmf_log_normalizer_difference(concentration: Tensor, reference: Tensor, dim:
     k, k0 = torch.broadcast_tensors(concentration, reference)
     difference: Tensor = _Difference.apply(k, k0, dim)
     return difference
+
+
+@functools.cache
+def gauss_legendre(n: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Nodes and weights on [0, 1], by Newton's iteration on the Legendre polynomial.
+
+    In Python's own arithmetic, so that kernels compiled with them are the same on every machine.
+    """
+    nodes, weights = [], []
+    for i in range(n):
+        x, slope = math.cos(math.pi * (i + 0.75) / (n + 0.5)), 0.0
+        for _ in range(8):
+            before, value = 1.0, x
+            for j in range(2, n + 1):
+                before, value = value, ((2 * j - 1) * x * value - (j - 1) * before) / j
+            slope = n * (x * value - before) / (x * x - 1)
+            x -= value / slope
+        nodes.append((1 - x) / 2)
+        weights.append(1 / ((1 - x * x) * slope * slope))
+    return tuple(nodes), tuple(weights)

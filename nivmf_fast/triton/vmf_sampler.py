@@ -26,6 +26,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nivmf_fast import special
+
 # --- the random stream
 
 
@@ -258,23 +260,7 @@ def _rsample_kernel(
 # --- the gradient of w in the concentration: phi = (dw/dk) / (1 - w^2) at a fixed quantile of w
 
 
-def _gauss_legendre(n: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Nodes and weights on [0, 1], by Newton's iteration on the Legendre polynomial."""
-    nodes, weights = [], []
-    for i in range(n):
-        x, slope = math.cos(math.pi * (i + 0.75) / (n + 0.5)), 0.0
-        for _ in range(8):
-            before, value = 1.0, x
-            for j in range(2, n + 1):
-                before, value = value, ((2 * j - 1) * x * value - (j - 1) * before) / j
-            slope = n * (x * value - before) / (x * x - 1)
-            x -= value / slope
-        nodes.append((1 - x) / 2)
-        weights.append(1 / ((1 - x * x) * slope * slope))
-    return tuple(nodes), tuple(weights)
-
-
-_RULE = _gauss_legendre(16)
+_RULE = special.gauss_legendre(16)
 _NODES, _WEIGHTS = tl.constexpr(_RULE[0]), tl.constexpr(_RULE[1])
 
 
