@@ -126,122 +126,108 @@ struct Ops {
     return {x, m, k, t};
   }
 
-  // The shape of the `saved` of proxy_nca, for its fake kernel.
-  static std::vector<int64_t> proxy_nca_saved(int64_t n, int64_t batch, int64_t proxies,
-                                              int64_t dim, bool float64, bool exact,
-                                              bool projection, int64_t precision, int64_t workspace,
-                                              bool keep) {
-    const LogPpkOptions options = {exact, projection, precision, workspace, keep};
-    check_options(options);
-    const LogPpkSizes sizes = {n, batch, proxies, dim, options};
-    Backend::check_sizes(sizes);
-    const SavedShape shape = float64 ? Backend::template Kernels<double>::proxy_nca_saved(sizes)
-                                     : Backend::template Kernels<float>::proxy_nca_saved(sizes);
-    return {shape.rows, shape.columns};
-  }
+  // The ops that end with options, whose types in LogPpkOptions are Option...
+  template <class... Option>
+  struct LogPpk {
+    // The shape of the `saved` of proxy_nca, for its fake kernel.
+    static std::vector<int64_t> proxy_nca_saved(int64_t n, int64_t batch, int64_t proxies,
+                                                int64_t dim, bool float64, Option... option) {
+      const LogPpkOptions options = {option...};
+      check_options(options);
+      const LogPpkSizes sizes = {n, batch, proxies, dim, options};
+      Backend::check_sizes(sizes);
+      const SavedShape shape = float64 ? Backend::template Kernels<double>::proxy_nca_saved(sizes)
+                                       : Backend::template Kernels<float>::proxy_nca_saved(sizes);
+      return {shape.rows, shape.columns};
+    }
 
-  static std::tuple<Tensor, Tensor, Tensor> proxy_nca(const Tensor& samples, const Tensor& loc,
+    static std::tuple<Tensor, Tensor, Tensor> proxy_nca(const Tensor& samples, const Tensor& loc,
+                                                        const Tensor& concentration,
+                                                        const Tensor& labels,
+                                                        const Tensor& temperature,
+                                                        Option... option) {
+      const Call call(samples, loc, concentration, temperature, {option...});
+      const int64_t batch = call.sizes.images;
+      check_tensor("labels", labels, samples, ScalarType::Long, {batch});
+      Tensor losses = torch::stable::new_empty(samples, {batch});
+      Tensor partial = torch::stable::new_empty(samples, {4, batch}, ScalarType::Double);
+      Tensor saved;
+      run("proxy_nca", samples, [&](auto zero, auto kernels, void* stream) {
+        using T = decltype(zero);
+        const SavedShape shape = kernels.proxy_nca_saved(call.sizes);
+        saved = torch::stable::new_empty(samples, {shape.rows, shape.columns});
+        Tensor scratch = call.bytes(kernels.log_ppk_forward_scratch_bytes(call.sizes));
+        return kernels.proxy_nca(call.sizes, call.template inputs<T>(&labels),
+                                 losses.mutable_data_ptr<T>(), partial.mutable_data_ptr<double>(),
+                                 saved.mutable_data_ptr(), scratch.mutable_data_ptr(), stream);
+      });
+      return {losses, partial, saved};
+    }
+
+    static Gradients proxy_nca_backward(const Tensor& grad, const Tensor& samples,
+                                        const Tensor& loc, const Tensor& concentration,
+                                        const Tensor& labels, const Tensor& temperature,
+                                        const Tensor& partial, const Tensor& saved,
+                                        Option... option) {
+      const Call call(samples, loc, concentration, temperature, {option...});
+      const int64_t batch = call.sizes.images;
+      check_tensor("grad", grad, samples, samples.scalar_type(), {batch});
+      check_tensor("labels", labels, samples, ScalarType::Long, {batch});
+      check_tensor("partial", partial, samples, ScalarType::Double, {4, batch});
+      const auto f = [&](auto zero, auto kernels, const auto& out, void* scratch, void* stream) {
+        using T = decltype(zero);
+        const SavedShape shape = kernels.proxy_nca_saved(call.sizes);
+        check_tensor("saved", saved, samples, samples.scalar_type(), {shape.rows, shape.columns});
+        return kernels.proxy_nca_backward(
+            call.sizes, call.template inputs<T>(&labels), grad.const_data_ptr<T>(),
+            partial.const_data_ptr<double>(), saved.const_data_ptr(), scratch, out, stream);
+      };
+      return gradients("proxy_nca_backward", call, f);
+    }
+
+    static std::tuple<Tensor, Tensor, Tensor> log_ppk(const Tensor& samples, const Tensor& loc,
                                                       const Tensor& concentration,
-                                                      const Tensor& labels,
-                                                      const Tensor& temperature, bool exact,
-                                                      bool projection, int64_t precision,
-                                                      int64_t workspace, bool keep) {
-    const Call call(samples, loc, concentration, temperature,
-                    {exact, projection, precision, workspace, keep});
-    const int64_t batch = call.sizes.images;
-    check_tensor("labels", labels, samples, ScalarType::Long, {batch});
-    Tensor losses = torch::stable::new_empty(samples, {batch});
-    Tensor partial = torch::stable::new_empty(samples, {4, batch}, ScalarType::Double);
-    Tensor saved;
-    run("proxy_nca", samples, [&](auto zero, auto kernels, void* stream) {
-      using T = decltype(zero);
-      const SavedShape shape = kernels.proxy_nca_saved(call.sizes);
-      saved = torch::stable::new_empty(samples, {shape.rows, shape.columns});
-      Tensor scratch = call.bytes(kernels.log_ppk_forward_scratch_bytes(call.sizes));
-      return kernels.proxy_nca(call.sizes, call.template inputs<T>(&labels),
-                               losses.mutable_data_ptr<T>(), partial.mutable_data_ptr<double>(),
-                               saved.mutable_data_ptr(), scratch.mutable_data_ptr(), stream);
-    });
-    return {losses, partial, saved};
-  }
+                                                      const Tensor& temperature, Option... option) {
+      const Call call(samples, loc, concentration, temperature, {option...});
+      const int64_t batch = call.sizes.images, proxies = call.sizes.proxies;
+      Tensor values = torch::stable::new_empty(samples, {batch, proxies});
+      Tensor saved = torch::stable::new_empty(samples, {2, batch, proxies});
+      Tensor common = torch::stable::new_empty(samples, {}, ScalarType::Double);
+      if (batch == 0) torch::stable::zero_(common);
+      run("log_ppk", samples, [&](auto zero, auto kernels, void* stream) {
+        using T = decltype(zero);
+        Tensor scratch = call.bytes(kernels.log_ppk_forward_scratch_bytes(call.sizes));
+        return kernels.log_ppk(call.sizes, call.template inputs<T>(), values.mutable_data_ptr<T>(),
+                               saved.mutable_data_ptr<T>(), common.mutable_data_ptr<double>(),
+                               scratch.mutable_data_ptr(), stream);
+      });
+      return {values, saved, common};
+    }
 
-  static Gradients proxy_nca_backward(const Tensor& grad, const Tensor& samples, const Tensor& loc,
-                                      const Tensor& concentration, const Tensor& labels,
-                                      const Tensor& temperature, const Tensor& partial,
-                                      const Tensor& saved, bool exact, bool projection,
-                                      int64_t precision, int64_t workspace, bool keep) {
-    const Call call(samples, loc, concentration, temperature,
-                    {exact, projection, precision, workspace, keep});
-    const int64_t batch = call.sizes.images;
-    check_tensor("grad", grad, samples, samples.scalar_type(), {batch});
-    check_tensor("labels", labels, samples, ScalarType::Long, {batch});
-    check_tensor("partial", partial, samples, ScalarType::Double, {4, batch});
-    const auto f = [&](auto zero, auto kernels, const auto& out, void* scratch, void* stream) {
-      using T = decltype(zero);
-      const SavedShape shape = kernels.proxy_nca_saved(call.sizes);
-      check_tensor("saved", saved, samples, samples.scalar_type(), {shape.rows, shape.columns});
-      return kernels.proxy_nca_backward(call.sizes, call.template inputs<T>(&labels),
-                                        grad.const_data_ptr<T>(), partial.const_data_ptr<double>(),
-                                        saved.const_data_ptr(), scratch, out, stream);
-    };
-    return gradients("proxy_nca_backward", call, f);
-  }
-
-  static std::tuple<Tensor, Tensor, Tensor> log_ppk(const Tensor& samples, const Tensor& loc,
-                                                    const Tensor& concentration,
-                                                    const Tensor& temperature, bool exact,
-                                                    bool projection, int64_t precision,
-                                                    int64_t workspace, bool keep) {
-    const Call call(samples, loc, concentration, temperature,
-                    {exact, projection, precision, workspace, keep});
-    const int64_t batch = call.sizes.images, proxies = call.sizes.proxies;
-    Tensor values = torch::stable::new_empty(samples, {batch, proxies});
-    Tensor saved = torch::stable::new_empty(samples, {2, batch, proxies});
-    Tensor common = torch::stable::new_empty(samples, {}, ScalarType::Double);
-    if (batch == 0) torch::stable::zero_(common);
-    run("log_ppk", samples, [&](auto zero, auto kernels, void* stream) {
-      using T = decltype(zero);
-      Tensor scratch = call.bytes(kernels.log_ppk_forward_scratch_bytes(call.sizes));
-      return kernels.log_ppk(call.sizes, call.template inputs<T>(), values.mutable_data_ptr<T>(),
-                             saved.mutable_data_ptr<T>(), common.mutable_data_ptr<double>(),
-                             scratch.mutable_data_ptr(), stream);
-    });
-    return {values, saved, common};
-  }
-
-  static Gradients log_ppk_backward(const Tensor& grad, const Tensor& samples, const Tensor& loc,
-                                    const Tensor& concentration, const Tensor& temperature,
-                                    const Tensor& saved, bool exact, bool projection,
-                                    int64_t precision, int64_t workspace, bool keep) {
-    const Call call(samples, loc, concentration, temperature,
-                    {exact, projection, precision, workspace, keep});
-    const int64_t batch = call.sizes.images, proxies = call.sizes.proxies;
-    check_tensor("grad", grad, samples, samples.scalar_type(), {batch, proxies});
-    check_tensor("saved", saved, samples, samples.scalar_type(), {2, batch, proxies});
-    const auto f = [&](auto zero, auto kernels, const auto& out, void* scratch, void* stream) {
-      using T = decltype(zero);
-      return kernels.log_ppk_backward(call.sizes, call.template inputs<T>(),
-                                      grad.const_data_ptr<T>(), saved.const_data_ptr<T>(), scratch,
-                                      out, stream);
-    };
-    return gradients("log_ppk_backward", call, f);
-  }
+    static Gradients log_ppk_backward(const Tensor& grad, const Tensor& samples, const Tensor& loc,
+                                      const Tensor& concentration, const Tensor& temperature,
+                                      const Tensor& saved, Option... option) {
+      const Call call(samples, loc, concentration, temperature, {option...});
+      const int64_t batch = call.sizes.images, proxies = call.sizes.proxies;
+      check_tensor("grad", grad, samples, samples.scalar_type(), {batch, proxies});
+      check_tensor("saved", saved, samples, samples.scalar_type(), {2, batch, proxies});
+      const auto f = [&](auto zero, auto kernels, const auto& out, void* scratch, void* stream) {
+        using T = decltype(zero);
+        return kernels.log_ppk_backward(call.sizes, call.template inputs<T>(),
+                                        grad.const_data_ptr<T>(), saved.const_data_ptr<T>(),
+                                        scratch, out, stream);
+      };
+      return gradients("log_ppk_backward", call, f);
+    }
+  };
+  using LogPpkOps = LogPpk<bool, bool, int64_t, int64_t, bool>;
 
   // ---- into the dispatcher ----------------------------------------------------------------------
-
-  // SAVED_SCHEMA of nivmf_fast/_schemas.py.
-  template <class Library>
-  static void define(Library& m) {
-    const std::string schema = std::string("proxy_nca_saved_") + Backend::kName +
-                               "(int n, int batch, int proxies, int dim, bool double, bool exact, "
-                               "bool projection, int precision, int workspace, bool keep) -> int[]";
-    m.def(schema.c_str());
-  }
 
   template <class Library>
   static void implement_saved(Library& m) {
     const std::string name = std::string("proxy_nca_saved_") + Backend::kName;
-    m.impl(name.c_str(), TORCH_BOX(&Ops::proxy_nca_saved));
+    m.impl(name.c_str(), TORCH_BOX(&LogPpkOps::proxy_nca_saved));
   }
 
   template <class Library>
@@ -249,10 +235,10 @@ struct Ops {
     m.impl("vmf_log_normalizer", TORCH_BOX(&Ops::vmf_log_normalizer));
     m.impl("vmf_rsample", TORCH_BOX(&Ops::vmf_rsample));
     m.impl("vmf_rsample_backward", TORCH_BOX(&Ops::vmf_rsample_backward));
-    m.impl("log_ppk", TORCH_BOX(&Ops::log_ppk));
-    m.impl("log_ppk_backward", TORCH_BOX(&Ops::log_ppk_backward));
-    m.impl("proxy_nca", TORCH_BOX(&Ops::proxy_nca));
-    m.impl("proxy_nca_backward", TORCH_BOX(&Ops::proxy_nca_backward));
+    m.impl("log_ppk", TORCH_BOX(&LogPpkOps::log_ppk));
+    m.impl("log_ppk_backward", TORCH_BOX(&LogPpkOps::log_ppk_backward));
+    m.impl("proxy_nca", TORCH_BOX(&LogPpkOps::proxy_nca));
+    m.impl("proxy_nca_backward", TORCH_BOX(&LogPpkOps::proxy_nca_backward));
   }
 };
 

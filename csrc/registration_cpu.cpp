@@ -31,7 +31,6 @@ struct Cpu {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(nivmf_kernels, m) { Ops<Cpu>::define(m); }
 STABLE_TORCH_LIBRARY_IMPL(nivmf_kernels, CompositeExplicitAutograd, m) {
   Ops<Cpu>::implement_saved(m);
 }

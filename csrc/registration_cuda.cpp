@@ -56,7 +56,6 @@ struct Cuda {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(nivmf_kernels, m) { Ops<Cuda>::define(m); }
 STABLE_TORCH_LIBRARY_IMPL(nivmf_kernels, CompositeExplicitAutograd, m) {
   Ops<Cuda>::implement_saved(m);
 }

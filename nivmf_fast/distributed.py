@@ -30,8 +30,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
+from nivmf_fast._checks import check_labels, seed_tensor
 from nivmf_fast._partials import combine_partials, loss_of_partial
-from nivmf_fast.functional import _seed_tensor, check_labels, proxy_nca_shard
+from nivmf_fast.functional import proxy_nca_shard
 from nivmf_fast.losses import (
     CosineProxyLoss,
     ELNivMFLoss,
@@ -86,7 +87,7 @@ class _Group:
         """What all have to know of each other before they gather rows."""
         if self.size == 1:
             return _Meeting([length], seed, learns)
-        drawn = int(_seed_tensor(seed, None, torch.device("cpu")))
+        drawn = int(seed_tensor(seed, None, torch.device("cpu")))
         own = torch.tensor([length, learns, seed is not None, drawn], device=device)
         said = torch.stack(self._all_gather(own)).tolist()
         lengths, learn, given, seeds = zip(*said, strict=True)
@@ -383,7 +384,7 @@ class ClassParallelLoss(ProxyLoss):
             self._check(embeddings)
             check_labels(labels, len(embeddings), self.total_classes, None)
             if seed is not None:
-                _seed_tensor(seed, None, device)
+                seed_tensor(seed, None, device)
         except (TypeError, ValueError):
             self.group.refuse(device)  # the others are waiting
             raise

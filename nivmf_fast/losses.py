@@ -21,12 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from nivmf_fast import special
+from nivmf_fast._checks import check_all, check_labels, check_options, checks_values
 from nivmf_fast._schemas import Normalizer, Precision
 from nivmf_fast.functional import (
-    check_all,
-    check_labels,
-    check_options,
-    checks_values,
     log_ppk,
     proxy_nca,
     vmf_kl,

@@ -2,6 +2,7 @@
 
 import doctest
 import math
+import sys
 
 import pytest
 import scipy.stats
@@ -20,9 +21,9 @@ def unit(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
 
 def test_every_example_in_the_documentation_runs() -> None:
     torch.manual_seed(0)
-    modules = [nivmf_fast.distributions, nivmf_fast.functional, nivmf_fast.losses, nivmf_fast._ops]
-    for module in modules:
-        result = doctest.testmod(module, extraglobs={"torch": torch})
+    modules = {getattr(nivmf_fast, name).__module__ for name in nivmf_fast.__all__}
+    for module in sorted(modules):
+        result = doctest.testmod(sys.modules[module], extraglobs={"torch": torch})
         assert result.attempted > 0
         assert result.failed == 0, module
 

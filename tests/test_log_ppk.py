@@ -10,11 +10,12 @@ import pytest
 import torch
 from conftest import SPLIT, device_of, golden
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import nivmf_fast
-from nivmf_fast import _ops, reference
+from nivmf_fast import _backends, reference
 from nivmf_fast._partials import combine_partials, loss_of_partial
-from nivmf_fast._schemas import SAVED_SCHEMA, Options
+from nivmf_fast._schemas import Options
 
 GOLDEN = golden("nivmf")["entries"]
 OPTIONS = [
@@ -318,8 +319,8 @@ def test_isotropic_proxies_are_plain_vmf(backend):
 
 def test_skipping_what_is_dead_changes_no_gradient():
     """Each panel's maxima lead `saved`: with all of them at infinity nothing is dead."""
-    if not _ops.backends()["cpu"].usable:
-        pytest.skip(f"backend cpu: {_ops.backends()['cpu'].reason}")
+    if not nivmf_fast.backends()["cpu"].usable:
+        pytest.skip(f"backend cpu: {nivmf_fast.backends()['cpu'].reason}")
     batch = make_batch(5, 64, 2000, 128, 0.01)
     N, B, P = 5, 64, 2000
     for workspace in (1 << 26, 1 << 16):  # scores kept, scores computed twice
@@ -339,6 +340,33 @@ def test_skipping_what_is_dead_changes_no_gradient():
         for got, want in zip(skipped, whole, strict=True):
             assert relative(got.double(), want.double()) <= 1e-7
         assert not all(map(torch.equal, skipped, whole))  # something was skipped
+
+
+class RecordOptions(TorchDispatchMode):
+    """Keeps the options that the ops of log-PPK are called with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Options] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.name() in ("nivmf_fast::log_ppk", "nivmf_fast::proxy_nca"):
+            self.seen.append(Options(*args[-1 - len(Options._fields) : -1]))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("function", [losses, kernels], ids=["proxy_nca", "log_ppk"])
+def test_scores_are_kept_only_for_a_backward_and_workspace_always_bounds(function):
+    batch = make_batch(2, 3, 20, 8, 1.0)
+    trained = batch._replace(loc=batch.loc.clone().requires_grad_())
+    with RecordOptions() as record:
+        function(trained, "reference", workspace=12345)
+        function(batch, "reference", workspace=12345)
+        with torch.no_grad():
+            function(trained, "reference", workspace=12345)
+            function(trained, "reference")
+    assert [options.keep for options in record.seen] == [True, False, False, False]
+    assert [options.workspace for options in record.seen] == [*[12345] * 3, 64 << 20]
 
 
 @pytest.mark.parametrize("T", [0.01, 1.0])
@@ -431,8 +459,8 @@ def test_what_cannot_be_computed_is_refused(change, error, message):
 
 
 def test_what_is_not_kept_is_computed_again():
-    if not _ops.backends()["cpu"].usable:
-        pytest.skip(f"backend cpu: {_ops.backends()['cpu'].reason}")
+    if not nivmf_fast.backends()["cpu"].usable:
+        pytest.skip(f"backend cpu: {nivmf_fast.backends()['cpu'].reason}")
     batch = make_batch(5, 16, 300, 32, 0.1)
     given, op = (*batch[:3], batch.labels, batch.temperature), torch.ops.nivmf_kernels
     results = []
@@ -448,11 +476,10 @@ def test_what_is_not_kept_is_computed_again():
 
 @pytest.mark.parametrize("name", ["cpu", "cuda"])
 def test_what_is_saved_has_the_shape_that_is_foretold(name):
-    if not _ops._libraries[name].usable:
-        pytest.skip(f"backend {name}: {_ops._libraries[name].reason}")
+    library = _backends.BACKENDS[name].library
+    if not library.usable:
+        pytest.skip(f"backend {name}: {library.reason}")
     shape_of = getattr(torch.ops.nivmf_kernels, f"proxy_nca_saved_{name}")
-    schema = str(shape_of.default._schema).partition("::")[2]
-    assert schema == f"proxy_nca_saved_{name}({SAVED_SCHEMA}) -> int[]"
     sizes = [(1, 1, 1, 2), (5, 16, 37, 24), (3, 7, 128, 8), (5, 64, 1003, 128), (2, 0, 5, 3)]
     for shape, dtype in itertools.product(sizes, (torch.float32, torch.float64)):
         N, B, P, D = shape
@@ -467,13 +494,13 @@ def test_what_is_saved_has_the_shape_that_is_foretold(name):
             labels, temperature = torch.zeros(B, dtype=torch.int64), torch.ones((), dtype=dtype)
             saved = torch.ops.nivmf_kernels.proxy_nca(*given, labels, temperature, *options)[2]
             assert list(saved.shape) == foretold
-            symbolic = _ops._saved_on_cpu(N, B, P, samples.element_size(), options)
+            symbolic = _backends.Cpu.saved_shape(N, B, P, samples.element_size(), options)
             assert list(symbolic) == foretold
 
 
 def test_another_batch_size_compiles_no_third_graph():
-    if not _ops.backends()["cpu"].usable:
-        pytest.skip(f"backend cpu: {_ops.backends()['cpu'].reason}")
+    if not nivmf_fast.backends()["cpu"].usable:
+        pytest.skip(f"backend cpu: {nivmf_fast.backends()['cpu'].reason}")
     graphs = []
 
     def count(graph, inputs):
@@ -489,8 +516,8 @@ def test_another_batch_size_compiles_no_third_graph():
 
 
 def test_kernel_ops_check_what_they_are_given():
-    if not _ops.backends()["cpu"].usable:
-        pytest.skip(f"backend cpu: {_ops.backends()['cpu'].reason}")
+    if not nivmf_fast.backends()["cpu"].usable:
+        pytest.skip(f"backend cpu: {nivmf_fast.backends()['cpu'].reason}")
     batch = make_batch(3, 6, 20, 16, 0.1)
     op, options = torch.ops.nivmf_kernels.proxy_nca, (True, True, 0, 1 << 20, True)
     x, loc, kappa, T, labels = batch
@@ -586,8 +613,8 @@ print(step(5, 64, 50_000, 64))
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_step_over_fifty_thousand_proxies_takes_64_megabytes():
-    if not _ops.backends()["cpu"].usable:
-        pytest.skip(f"backend cpu: {_ops.backends()['cpu'].reason}")
+    if not nivmf_fast.backends()["cpu"].usable:
+        pytest.skip(f"backend cpu: {nivmf_fast.backends()['cpu'].reason}")
     command = [sys.executable, "-c", MEMORY, "cpu"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert 0 < int(done.stdout) <= 64e6
