@@ -6,7 +6,8 @@
 // Nothing here depends on values or waits for the device.
 #include <algorithm>
 
-#include "log_ppk.cuh"
+#include "log_ppk_backward.cuh"
+#include "log_ppk_forward.cuh"
 #include "log_ppk_kernels.h"
 
 namespace nivmf {
@@ -21,33 +22,6 @@ constexpr int64_t kSmallProxies = 512;
 constexpr int64_t kEnoughBlocks = 1056, kProxiesPerSplit = 1536, kMaxSplits = 16;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-#ifdef __CUDACC__
-
-template <typename Args>
-int launch(void (*kernel)(Args), int64_t blocks, size_t shared, void* stream, const Args& args) {
-  if (shared > 48 << 10) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
-    if (error != cudaSuccess) return error;
-  }
-  void* arguments[] = {const_cast<Args*>(&args)};
-  return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(unsigned(blocks)),
-                          dim3(kThreads), arguments, shared, static_cast<cudaStream_t>(stream));
-}
-
-// bf16 mma.sync and cp.async; assumed where no device can be asked, as when shapes are traced.
-bool has_tensor_cores() {
-  int device = 0, major = 0;
-  if (cudaGetDevice(&device) != cudaSuccess ||
-      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess) {
-    cudaGetLastError();
-    return true;
-  }
-  return major >= 8;
-}
-
-#endif
 
 // Hands out pieces of a buffer, or, without one, finds how large it must be.
 class Arena {
