@@ -247,21 +247,36 @@ NIVMF_CLONES void add(T* __restrict__ sum, const T* __restrict__ term, int64_t s
 // ------------------------------------------------------------------------------------------------------------
 
 template <typename T>
-struct Task : LogPpk<T> {  // the op and what all its parts share
+struct Task {  // the op and what all its parts share
+  const T *samples, *loc, *concentration;
+  int64_t n, batch, proxies, dim;
+  double temperature;
+  bool exact, projection;
+  int64_t workspace;
   LogNormalizerPlan<double> plan;
   double common;  // taken off all biases, so that the scores are small numbers; any number is right
   int64_t padded;  // dim, to whole lanes
   bool squares;    // delta is needed
   T scale;         // log2 e / T
 
-  explicit Task(const LogPpk<T>& op)
-      : LogPpk<T>(op),
-        plan(make_log_normalizer_plan<double>(op.dim)),
+  Task(const LogPpkSizes& sizes, const LogPpkInputs<T>& in)
+      : samples(in.samples),
+        loc(in.loc),
+        concentration(in.concentration),
+        n(sizes.samples),
+        batch(sizes.images),
+        proxies(sizes.proxies),
+        dim(sizes.dim),
+        temperature(double(*in.temperature)),
+        exact(sizes.options.exact),
+        projection(sizes.options.projection),
+        workspace(sizes.options.workspace),
+        plan(make_log_normalizer_plan<double>(dim)),
         common(0),
-        padded(round_up(op.dim, kLanes<T>)),
-        squares(op.projection || op.exact) {
-    if (!(op.temperature > 0)) this->temperature = NAN;
-    scale = T(kLog2E / this->temperature);
+        padded(round_up(dim, kLanes<T>)),
+        squares(projection || exact) {
+    if (!(temperature > 0)) temperature = NAN;
+    scale = T(kLog2E / temperature);
   }
 };
 
@@ -428,7 +443,7 @@ struct Block {
 
 // Row q is sample q % n of image q / n, and lies here in samples and their gradient.
 template <typename T>
-int64_t row_offset(const LogPpk<T>& op, int64_t q) {
+int64_t row_offset(const Task<T>& op, int64_t q) {
   return nivmf::row_offset(q % op.n, q / op.n, op.batch, op.dim);
 }
 
@@ -562,6 +577,30 @@ NIVMF_CLONES LogSum row_log_sum(const T* z, int64_t size, T scale) {
     NIVMF_LANES(T, l) lanes[l] += exp2_of((z[j + l] - top) * scale);
   }
   return {double(top), double(sum_of(lanes))};
+}
+
+// `saved` of the proxy-NCA ops is [panels, columns]: per panel of `width` proxies each image's
+// largest score and, if `scores`, of every row (image, sample) the two products that make its
+// scores, [2, batch * n, width].
+struct SavedLayout {
+  int64_t width, panels, columns;
+  bool scores;
+};
+
+SavedLayout without_scores(int64_t proxies) {
+  const int64_t width = std::min(kPanel, round_up(proxies, 16));
+  return {width, ceil_div(proxies, width), 0, false};
+}
+
+template <typename T>
+SavedLayout saved_layout(const LogPpkSizes& sizes) {
+  SavedLayout out = without_scores(sizes.proxies);
+  const int64_t scores = 2 * sizes.samples * sizes.images * out.width;
+  const int64_t workspace = sizes.options.workspace;
+  out.scores =
+      sizes.options.keep && out.panels * scores * int64_t(sizeof(T)) <= workspace - workspace / 8;
+  out.columns = sizes.images + (out.scores ? scores : 0);
+  return out;
 }
 
 // ---- proxy-NCA, forward
@@ -888,7 +927,7 @@ struct Cut {
 };
 
 template <typename T>
-Cut cut(const LogPpk<T>& op, int64_t panels) {
+Cut cut(const Task<T>& op, int64_t panels) {
   const int64_t rows = op.n * op.batch, budget = op.workspace / 8 / int64_t(sizeof(T));
   Cut out;
   while (2 * out.tasks() <= kTasks && 2 * out.panel_groups <= panels &&
@@ -902,14 +941,9 @@ Cut cut(const LogPpk<T>& op, int64_t panels) {
   return out;
 }
 
-SavedLayout without_scores(int64_t proxies) {
-  const int64_t width = std::min(kPanel, round_up(proxies, 16));
-  return {width, ceil_div(proxies, width), 0, false};
-}
-
 // The rows of one group of images.
 template <typename T>
-std::vector<int64_t> rows_of(const LogPpk<T>& op, int64_t group, int64_t groups) {
+std::vector<int64_t> rows_of(const Task<T>& op, int64_t group, int64_t groups) {
   const int64_t begin = op.batch * group / groups, end = op.batch * (group + 1) / groups;
   std::vector<int64_t> rows((end - begin) * op.n);
   std::iota(rows.begin(), rows.end(), begin * op.n);
@@ -1100,22 +1134,30 @@ void backward(const Task<T>& op, const BackwardJob<T>& job, const LogPpkGradient
 }  // namespace
 
 template <typename T>
-SavedLayout proxy_nca_saved_layout(const LogPpk<T>& op) {
-  SavedLayout out = without_scores(op.proxies);
-  const int64_t scores = 2 * op.n * op.batch * out.width;
-  out.scores = out.panels * scores * int64_t(sizeof(T)) <= op.workspace - op.workspace / 8;
-  out.columns = op.batch + (out.scores ? scores : 0);
-  return out;
+SavedShape proxy_nca_saved_cpu(const LogPpkSizes& sizes) {
+  const SavedLayout layout = saved_layout<T>(sizes);
+  return {layout.panels, layout.columns};
 }
 
 template <typename T>
-void proxy_nca_cpu(const LogPpk<T>& given, const int64_t* labels, T* losses, double* partial,
-                   T* saved) {
-  Task<T> op(given);
+int64_t log_ppk_forward_scratch_bytes_cpu(const LogPpkSizes&) {
+  return 0;
+}
+
+template <typename T>
+int64_t log_ppk_backward_scratch_bytes_cpu(const LogPpkSizes&) {
+  return 0;
+}
+
+template <typename T>
+int proxy_nca_cpu(const LogPpkSizes& sizes, const LogPpkInputs<T>& in, T* losses, double* partial,
+                  void* saved, void*, void*) {
+  Task<T> op(sizes, in);
   op.common = mean_bias(op, kPanel);
   const int64_t B = op.batch, N = op.n;
-  const SavedLayout layout = proxy_nca_saved_layout(given);
-  NcaForward<T> out = {labels, layout, saved, std::vector<T>(B * N),
+  const int64_t* const labels = in.labels;
+  const SavedLayout layout = saved_layout<T>(sizes);
+  NcaForward<T> out = {labels, layout, static_cast<T*>(saved), std::vector<T>(B * N),
                        std::vector<LogSum>(layout.panels * B)};
   for_each_panel(op, layout,
                  [&](int64_t p, const std::vector<int64_t>& rows, const Panel<T>& panel,
@@ -1134,12 +1176,14 @@ void proxy_nca_cpu(const LogPpk<T>& given, const int64_t* labels, T* losses, dou
     partial[3 * B + i] = own_log_z;
     losses[i] = known ? T((all.top - mine.top) / op.temperature + (log_z - own_log_z)) : T(NAN);
   }
+  return 0;
 }
 
 template <typename T>
-void proxy_nca_backward_cpu(const LogPpk<T>& given, const T* grad, const int64_t* labels,
-                            const double* partial, const T* saved, const LogPpkGradients<T>& out) {
-  Task<T> op(given);
+int proxy_nca_backward_cpu(const LogPpkSizes& sizes, const LogPpkInputs<T>& in, const T* grad,
+                           const double* partial, const void* saved, void*,
+                           const LogPpkGradients<T>& out, void*) {
+  Task<T> op(sizes, in);
   op.common = mean_bias(op, kPanel);
   const int64_t B = op.batch;
   // Certified: all N P weights of an image below this share of its sum are together below its
@@ -1151,41 +1195,51 @@ void proxy_nca_backward_cpu(const LogPpk<T>& given, const T* grad, const int64_t
     const double top = partial[i] - op.common, own_top = partial[2 * B + i] - op.common;
     const bool known = own_top > -INFINITY;
     Softmax<T>& s = images[i];
-    s = {known ? grad[i] : T(NAN), T(top), T(0), T(own_top), T(0), labels[i], NAN};
+    s = {known ? grad[i] : T(NAN), T(top), T(0), T(own_top), T(0), in.labels[i], NAN};
     s.rest = T(kLog2E * (partial[B + i] + (top - double(s.top)) / op.temperature));
     s.own_rest = T(kLog2E * (partial[3 * B + i] + (own_top - double(s.own_top)) / op.temperature));
     if (known) s.least = top + op.temperature * (partial[B + i] + least);
   }
-  backward(op, {proxy_nca_saved_layout(given), images.data(), saved, nullptr, nullptr}, out);
+  const SavedLayout layout = saved_layout<T>(sizes);
+  backward(op, {layout, images.data(), static_cast<const T*>(saved), nullptr, nullptr}, out);
+  return 0;
 }
 
 template <typename T>
-void log_ppk_cpu(const LogPpk<T>& given, T* values, T* saved, double* common) {
-  Task<T> op(given);
+int log_ppk_cpu(const LogPpkSizes& sizes, const LogPpkInputs<T>& in, T* values, T* saved,
+                double* common, void*, void*) {
+  Task<T> op(sizes, in);
   *common = op.common = mean_bias(op, op.proxies);
   const SavedLayout layout = without_scores(op.proxies);
   const PpkForward<T> out = {layout.width, values, saved, saved + op.batch * op.proxies};
   for_each_panel(op, layout,
                  [&](int64_t p, const std::vector<int64_t>& rows, const Panel<T>& panel,
                      Block<T>& block) { ppk_panel(op, out, p, rows, panel, block); });
+  return 0;
 }
 
 template <typename T>
-void log_ppk_backward_cpu(const LogPpk<T>& given, const T* grad, const T* saved,
-                          const LogPpkGradients<T>& out) {
-  Task<T> op(given);
+int log_ppk_backward_cpu(const LogPpkSizes& sizes, const LogPpkInputs<T>& in, const T* grad,
+                         const T* saved, void*, const LogPpkGradients<T>& out, void*) {
+  Task<T> op(sizes, in);
   op.common = mean_bias(op, op.proxies);
   backward(op, {without_scores(op.proxies), nullptr, nullptr, grad, saved}, out);
+  return 0;
 }
 
-#define NIVMF_INSTANTIATE(T)                                                                      \
-  template SavedLayout proxy_nca_saved_layout(const LogPpk<T>&);                                  \
-  template void proxy_nca_cpu(const LogPpk<T>&, const int64_t*, T*, double*, T*);                 \
-  template void proxy_nca_backward_cpu(const LogPpk<T>&, const T*, const int64_t*, const double*, \
-                                       const T*, const LogPpkGradients<T>&);                      \
-  template void log_ppk_cpu(const LogPpk<T>&, T*, T*, double*);                                   \
-  template void log_ppk_backward_cpu(const LogPpk<T>&, const T*, const T*,                        \
-                                     const LogPpkGradients<T>&);
+#define NIVMF_INSTANTIATE(T)                                                                   \
+  template SavedShape proxy_nca_saved_cpu<T>(const LogPpkSizes&);                              \
+  template int64_t log_ppk_forward_scratch_bytes_cpu<T>(const LogPpkSizes&);                   \
+  template int64_t log_ppk_backward_scratch_bytes_cpu<T>(const LogPpkSizes&);                  \
+  template int proxy_nca_cpu(const LogPpkSizes&, const LogPpkInputs<T>&, T*, double*, void*,   \
+                             void*, void*);                                                    \
+  template int proxy_nca_backward_cpu(const LogPpkSizes&, const LogPpkInputs<T>&, const T*,    \
+                                      const double*, const void*, void*,                       \
+                                      const LogPpkGradients<T>&, void*);                       \
+  template int log_ppk_cpu(const LogPpkSizes&, const LogPpkInputs<T>&, T*, T*, double*, void*, \
+                           void*);                                                             \
+  template int log_ppk_backward_cpu(const LogPpkSizes&, const LogPpkInputs<T>&, const T*,      \
+                                    const T*, void*, const LogPpkGradients<T>&, void*);
 NIVMF_INSTANTIATE(float)
 NIVMF_INSTANTIATE(double)
 #undef NIVMF_INSTANTIATE

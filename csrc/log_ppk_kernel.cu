@@ -6,9 +6,9 @@
 // Nothing here depends on values or waits for the device.
 #include <algorithm>
 
+#include "log_ppk.h"
 #include "log_ppk_backward.cuh"
 #include "log_ppk_forward.cuh"
-#include "log_ppk_kernels.h"
 
 namespace nivmf {
 namespace ppk {
@@ -62,10 +62,10 @@ struct Plan {
     rows = int64_t(row_blocks) * tile;
     proxies = int64_t(blocks) * tile;
 
-    const int64_t half = s.workspace / 2, panel = proxy_bytes() * proxies;
+    const int64_t half = s.options.workspace / 2, panel = proxy_bytes() * proxies;
     int64_t left = half;
     const auto fits = [&](int64_t bytes) {
-      const bool yes = bytes <= left;
+      const bool yes = s.options.keep && bytes <= left;
       if (yes) left -= bytes;
       return yes;
     };
@@ -166,8 +166,8 @@ Problem<T> make_problem(const LogPpkSizes& s, const LogPpkInputs<T>& in, const P
   p.P = s.proxies;
   p.N = int(s.samples);
   p.D = int(s.dim);
-  p.exact = s.exact;
-  p.projection = s.projection;
+  p.exact = s.options.exact;
+  p.projection = s.options.projection;
   p.vector = s.dim * sizeof(T) % 16 == 0 && reinterpret_cast<uintptr_t>(in.samples) % 16 == 0;
   p.images_per_block = plan.images_per_block;
   p.blocks_per_image = plan.blocks_per_image;
@@ -324,7 +324,7 @@ int backward(const LogPpkSizes& s, const LogPpkInputs<T>& in, const T* grad, con
   a.by_bias = scratch.by_bias;
   a.alive = scratch.alive;
   a.by_temperature = scratch.by_temperature;
-  return with_engines(plan, s.fast, [&](auto score, auto gradient) {
+  return with_engines(plan, s.options.precision == kFast, [&](auto score, auto gradient) {
     return run_backward<decltype(score), decltype(gradient), kProxyNca>(
         s, plan, a, keeps ? &kept : nullptr, scratch, out, stream);
   });
@@ -334,15 +334,15 @@ int backward(const LogPpkSizes& s, const LogPpkInputs<T>& in, const T* grad, con
 }  // namespace ppk
 
 template <typename T>
-int64_t proxy_nca_saved_bytes(const LogPpkSizes& sizes) {
-  if (sizes.images == 0) return 0;
+SavedShape proxy_nca_saved_cuda(const LogPpkSizes& sizes) {
+  if (sizes.images == 0) return {1, 0};
   ppk::Arena arena(nullptr);
   ppk::Saved<T>(ppk::Plan<T>(sizes), arena);
-  return arena.size();
+  return {1, arena.size() / int64_t(sizeof(T))};
 }
 
 template <typename T>
-int64_t log_ppk_forward_scratch_bytes(const LogPpkSizes& sizes) {
+int64_t log_ppk_forward_scratch_bytes_cuda(const LogPpkSizes& sizes) {
   if (sizes.images == 0) return 0;
   ppk::Arena arena(nullptr);
   ppk::ForwardScratch<T>(ppk::Plan<T>(sizes), true, arena);
@@ -350,7 +350,7 @@ int64_t log_ppk_forward_scratch_bytes(const LogPpkSizes& sizes) {
 }
 
 template <typename T>
-int64_t log_ppk_backward_scratch_bytes(const LogPpkSizes& sizes) {
+int64_t log_ppk_backward_scratch_bytes_cuda(const LogPpkSizes& sizes) {
   if (sizes.images == 0) return 0;
   ppk::Arena arena(nullptr);
   ppk::BackwardScratch<T>(ppk::Plan<T>(sizes), true, sizes.samples * sizes.images * sizes.dim,
@@ -387,7 +387,7 @@ int proxy_nca_cuda(const LogPpkSizes& s, const LogPpkInputs<T>& in, T* losses, d
         return error;
     }
   }
-  return with_engines(plan, s.fast, [&](auto score, auto) {
+  return with_engines(plan, s.options.precision == kFast, [&](auto score, auto) {
     return run_forward<decltype(score)>(s, plan, a, saved, scratch, stream);
   });
 }
@@ -413,7 +413,7 @@ int log_ppk_cuda(const LogPpkSizes& s, const LogPpkInputs<T>& in, T* out, T* res
   a.out = out;
   a.rest = rest;
   a.common = common;
-  return with_engines(plan, s.fast, [&](auto score, auto) {
+  return with_engines(plan, s.options.precision == kFast, [&](auto score, auto) {
     return run_log_ppk<decltype(score)>(s, plan, a, scratch, stream);
   });
 }
@@ -426,9 +426,9 @@ int log_ppk_backward_cuda(const LogPpkSizes& sizes, const LogPpkInputs<T>& in, c
 }
 
 #define NIVMF_INSTANTIATE(T)                                                                    \
-  template int64_t proxy_nca_saved_bytes<T>(const LogPpkSizes&);                                \
-  template int64_t log_ppk_forward_scratch_bytes<T>(const LogPpkSizes&);                        \
-  template int64_t log_ppk_backward_scratch_bytes<T>(const LogPpkSizes&);                       \
+  template SavedShape proxy_nca_saved_cuda<T>(const LogPpkSizes&);                              \
+  template int64_t log_ppk_forward_scratch_bytes_cuda<T>(const LogPpkSizes&);                   \
+  template int64_t log_ppk_backward_scratch_bytes_cuda<T>(const LogPpkSizes&);                  \
   template int proxy_nca_cuda(const LogPpkSizes&, const LogPpkInputs<T>&, T*, double*, void*,   \
                               void*, void*);                                                    \
   template int proxy_nca_backward_cuda(const LogPpkSizes&, const LogPpkInputs<T>&, const T*,    \

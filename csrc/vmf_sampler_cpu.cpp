@@ -226,33 +226,36 @@ constexpr int64_t kGrain = 1 << 14;  // elements worth waking a thread for
 }  // namespace
 
 template <typename T>
-void vmf_rsample_cpu(const T* loc, const T* concentration, const int64_t* seed,
-                     int64_t image_offset, int64_t n, int64_t batch, int64_t dim, T* samples,
-                     T* one_minus_w) {
+int vmf_rsample_cpu(const T* loc, const T* concentration, const int64_t* seed, int64_t image_offset,
+                    int64_t n, int64_t batch, int64_t dim, T* samples, T* one_minus_w, void*) {
   const Forward<T> op = {loc,   concentration, *seed,   image_offset, n,
                          batch, dim,           samples, one_minus_w};
   parallel_for(0, n * batch, std::max<int64_t>(1, kGrain / padded(dim)),
                [&](int64_t begin, int64_t end) { run_forward(op, begin, end); });
+  return 0;
 }
 
 template <typename T>
-void vmf_rsample_backward_cpu(const T* grad, const T* samples, const T* one_minus_w, const T* loc,
-                              const T* concentration, int64_t n, int64_t batch, int64_t dim,
-                              T* grad_loc, T* grad_concentration) {
+int vmf_rsample_backward_cpu(const T* grad, const T* samples, const T* one_minus_w, const T* loc,
+                             const T* concentration, int64_t n, int64_t batch, int64_t dim,
+                             T* grad_loc, T* grad_concentration, void*) {
   const RadialGradientPlan<T> plan = make_radial_gradient_plan<T>(dim);
   const Backward<T> op = {grad, samples, one_minus_w, loc,      concentration,
                           n,    batch,   dim,         grad_loc, grad_concentration};
   parallel_for(0, batch, std::max<int64_t>(1, kGrain / padded(dim) / std::max<int64_t>(n, 1)),
                [&](int64_t begin, int64_t end) { run_backward(op, plan, begin, end); });
+  return 0;
 }
 
-template void vmf_rsample_cpu(const float*, const float*, const int64_t*, int64_t, int64_t, int64_t,
-                              int64_t, float*, float*);
-template void vmf_rsample_cpu(const double*, const double*, const int64_t*, int64_t, int64_t,
-                              int64_t, int64_t, double*, double*);
-template void vmf_rsample_backward_cpu(const float*, const float*, const float*, const float*,
-                                       const float*, int64_t, int64_t, int64_t, float*, float*);
-template void vmf_rsample_backward_cpu(const double*, const double*, const double*, const double*,
-                                       const double*, int64_t, int64_t, int64_t, double*, double*);
+template int vmf_rsample_cpu(const float*, const float*, const int64_t*, int64_t, int64_t, int64_t,
+                             int64_t, float*, float*, void*);
+template int vmf_rsample_cpu(const double*, const double*, const int64_t*, int64_t, int64_t,
+                             int64_t, int64_t, double*, double*, void*);
+template int vmf_rsample_backward_cpu(const float*, const float*, const float*, const float*,
+                                      const float*, int64_t, int64_t, int64_t, float*, float*,
+                                      void*);
+template int vmf_rsample_backward_cpu(const double*, const double*, const double*, const double*,
+                                      const double*, int64_t, int64_t, int64_t, double*, double*,
+                                      void*);
 
 }  // namespace nivmf

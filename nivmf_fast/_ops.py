@@ -18,14 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nivmf_fast import _schemas, reference, special
+from nivmf_fast import reference, special
 from nivmf_fast._schemas import SCHEMAS, Options
 
-_OLD = "bool exact, bool projection, bool fast, int workspace"  # until all backends take Options
 _kernels = torch.library.Library("nivmf_kernels", "DEF")
 _ops = torch.library.Library("nivmf_fast", "DEF")
 for _name, (_arguments, _returns) in SCHEMAS.items():
-    _kernels.define(f"{_name}({_arguments.replace(_schemas._OPTIONS, _OLD)}) -> {_returns}")
+    _kernels.define(f"{_name}({_arguments}) -> {_returns}")
     _ops.define(f"{_name}({_arguments}, str backend) -> {_returns}")
 
 
@@ -211,7 +210,7 @@ def _register(op: str) -> None:
     def run(first: Tensor, *args: Any) -> Any:
         *others, backend = args
         chosen = _choose(op, first.device.type, first.dtype, backend)
-        if not op.startswith("vmf"):
+        if not op.startswith("vmf") and chosen in ("reference", "triton"):
             others[-5:] = _old(Options(*others[-5:]))
         return _implementation(op, chosen)(first, *others)
 
@@ -257,7 +256,7 @@ def _(
     *options, backend = options_and_backend
     chosen = _choose("log_ppk", samples.device.type, samples.dtype, backend)
     values = samples.new_empty(samples.shape[1], loc.shape[0])
-    saved = _saved("log_ppk", chosen, samples, loc, *_old(Options(*options)))
+    saved = _saved("log_ppk", chosen, samples, loc, Options(*options))
     return values, saved, samples.new_empty((), dtype=torch.float64)
 
 
@@ -273,7 +272,7 @@ def _(
     B = samples.shape[1]
     *options, backend = options_and_backend
     chosen = _choose("proxy_nca", samples.device.type, samples.dtype, backend)
-    saved = _saved("proxy_nca", chosen, samples, loc, *_old(Options(*options)))
+    saved = _saved("proxy_nca", chosen, samples, loc, Options(*options))
     return samples.new_empty(B), samples.new_empty(4, B, dtype=torch.float64), saved
 
 
@@ -317,25 +316,27 @@ def _saved(
     backend: str,
     samples: Tensor,
     loc: Tensor,
-    exact: bool,
-    projection: bool,
-    fast: bool,
-    workspace: int,
+    options: Options,
 ) -> Tensor:
     """A tensor like the one that a backend saves for the backward; what is in it is its affair."""
     (N, B, D), P = samples.shape, loc.shape[0]
     if backend == "triton":
-        like: Tensor = _triton().saved_like(op, samples, loc, exact, projection, fast, workspace)
+        like: Tensor = _triton().saved_like(op, samples, loc, *_old(options))
         return like
     if op == "log_ppk":
         return samples.new_empty(2, B, P)
-    if backend == "cuda":
-        double = samples.dtype == torch.float64
-        count = torch.ops.nivmf_kernels.proxy_nca_saved_on_cuda
-        return samples.new_empty(count(N, B, P, D, double, workspace))
-    if backend == "cpu":  # as proxy_nca_saved_layout in log_ppk_cpu.cpp
-        width = min(128, (P + 15) // 16 * 16)
-        panels, scores = (P + width - 1) // width, 2 * N * B * width
-        kept = panels * scores * samples.element_size() <= workspace - workspace // 8
-        return samples.new_empty(panels, B + (scores if kept else 0))
-    return samples.new_empty(0)
+    if backend == "reference":
+        return samples.new_empty(0)
+    if backend == "cpu" and any(isinstance(size, torch.SymInt) for size in (N, B, P, D)):
+        return samples.new_empty(_saved_on_cpu(N, B, P, samples.element_size(), options))
+    shape = getattr(torch.ops.nivmf_kernels, f"proxy_nca_saved_{backend}")
+    return samples.new_empty(shape(N, B, P, D, samples.dtype == torch.float64, *options))
+
+
+def _saved_on_cpu(N: int, B: int, P: int, itemsize: int, options: Options) -> tuple[int, int]:
+    # proxy_nca_saved_cpu again: C++ takes no symbolic sizes, so that asking it would make
+    # torch.compile compile anew for every batch size
+    width = min(128, (P + 15) // 16 * 16)
+    panels, scores, workspace = (P + width - 1) // width, 2 * N * B * width, options.workspace
+    kept = options.keep and panels * scores * itemsize <= workspace - workspace // 8
+    return panels, B + (scores if kept else 0)

@@ -12,13 +12,13 @@ int64_t host_copies() { return host::copies; }
 
 #define NIVMF_HOST(T, name)                                                                       \
   int64_t saved_bytes_##name(const nivmf::LogPpkSizes* s) {                                       \
-    return nivmf::proxy_nca_saved_bytes<T>(*s);                                                   \
+    return nivmf::proxy_nca_saved_cuda<T>(*s).columns * int64_t(sizeof(T));                       \
   }                                                                                               \
   int64_t forward_bytes_##name(const nivmf::LogPpkSizes* s) {                                     \
-    return nivmf::log_ppk_forward_scratch_bytes<T>(*s);                                           \
+    return nivmf::log_ppk_forward_scratch_bytes_cuda<T>(*s);                                      \
   }                                                                                               \
   int64_t backward_bytes_##name(const nivmf::LogPpkSizes* s) {                                    \
-    return nivmf::log_ppk_backward_scratch_bytes<T>(*s);                                          \
+    return nivmf::log_ppk_backward_scratch_bytes_cuda<T>(*s);                                     \
   }                                                                                               \
   int proxy_nca_##name(const nivmf::LogPpkSizes* s, const nivmf::LogPpkInputs<T>* in, T* losses,  \
                        double* partial, void* saved, void* scratch) {                             \

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import nivmf_fast
 from nivmf_fast import _ops, reference
-from nivmf_fast._schemas import Options
+from nivmf_fast._schemas import SAVED_SCHEMA, Options
 
 GOLDEN = golden("nivmf")["entries"]
 OPTIONS = [
@@ -323,7 +323,7 @@ def test_skipping_what_is_dead_changes_no_gradient():
     N, B, P = 5, 64, 2000
     for workspace in (1 << 26, 1 << 16):  # scores kept, scores computed twice
         given = *batch[:3], batch.labels, batch.temperature
-        options = True, True, False, workspace
+        options = True, True, 0, workspace, True
         op = torch.ops.nivmf_kernels
         values, partial, saved = op.proxy_nca(*given, *options)
         assert values.mean() > 0.1
@@ -429,14 +429,79 @@ def test_what_cannot_be_computed_is_refused(change, error, message):
         losses(batch, "auto")
 
 
+def test_what_is_not_kept_is_computed_again():
+    if not _ops.backends()["cpu"].usable:
+        pytest.skip(f"backend cpu: {_ops.backends()['cpu'].reason}")
+    batch = make_batch(5, 16, 300, 32, 0.1)
+    given, op = (*batch[:3], batch.labels, batch.temperature), torch.ops.nivmf_kernels
+    results = []
+    for keep in (True, False):
+        options = Options(True, True, 0, 1 << 26, keep)
+        values, partial, saved = op.proxy_nca(*given, *options)
+        gradients = op.proxy_nca_backward(torch.ones(16), *given, partial, saved, *options)
+        results.append((saved.shape, (values, partial, *gradients)))
+    (kept, with_scores), (least, without) = results
+    assert least == (3, 16) and kept == (3, 16 + 2 * 5 * 16 * 128)
+    assert all(map(torch.equal, with_scores, without))
+
+
+@pytest.mark.parametrize("name", ["cpu", "cuda"])
+def test_what_is_saved_has_the_shape_that_is_foretold(name):
+    if not _ops._libraries[name].usable:
+        pytest.skip(f"backend {name}: {_ops._libraries[name].reason}")
+    shape_of = getattr(torch.ops.nivmf_kernels, f"proxy_nca_saved_{name}")
+    schema = str(shape_of.default._schema).partition("::")[2]
+    assert schema == f"proxy_nca_saved_{name}({SAVED_SCHEMA}) -> int[]"
+    sizes = [(1, 1, 1, 2), (5, 16, 37, 24), (3, 7, 128, 8), (5, 64, 1003, 128), (2, 0, 5, 3)]
+    for shape, dtype in itertools.product(sizes, (torch.float32, torch.float64)):
+        N, B, P, D = shape
+        double, samples = dtype == torch.float64, torch.empty(N, B, D, dtype=dtype)
+        for workspace, keep in itertools.product((0, 1 << 14, 1 << 22, 1 << 26), (True, False)):
+            options = Options(True, True, 0, workspace, keep)
+            foretold = shape_of(*shape, double, *options)
+            if name == "cuda":
+                assert foretold[0] == 1
+                continue
+            given = samples, *(torch.ones(P, D, dtype=dtype) for _ in range(2))
+            labels, temperature = torch.zeros(B, dtype=torch.int64), torch.ones((), dtype=dtype)
+            saved = torch.ops.nivmf_kernels.proxy_nca(*given, labels, temperature, *options)[2]
+            assert list(saved.shape) == foretold
+            symbolic = _ops._saved_on_cpu(N, B, P, samples.element_size(), options)
+            assert list(symbolic) == foretold
+
+
+def test_another_batch_size_compiles_no_third_graph():
+    if not _ops.backends()["cpu"].usable:
+        pytest.skip(f"backend cpu: {_ops.backends()['cpu'].reason}")
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *args: losses(Batch(*args), "cpu"), backend=count)
+    for B in (16, 17, 19, 23):
+        batch = make_batch(5, B, 37, 24, 0.1)
+        assert torch.equal(compiled(*batch), losses(batch, "cpu"))
+    assert len(graphs) <= 2  # one for 16, one for any size
+
+
 def test_kernel_ops_check_what_they_are_given():
     if not _ops.backends()["cpu"].usable:
         pytest.skip(f"backend cpu: {_ops.backends()['cpu'].reason}")
     batch = make_batch(3, 6, 20, 16, 0.1)
-    op, options = torch.ops.nivmf_kernels.proxy_nca, (True, True, False, 1 << 20)
+    op, options = torch.ops.nivmf_kernels.proxy_nca, (True, True, 0, 1 << 20, True)
     x, loc, kappa, T, labels = batch
     with pytest.raises(RuntimeError, match=r"labels is Int \[6\], expected Long \[6\]"):
         op(x, loc, kappa, labels.int(), T, *options)
+    for changed, message in (
+        ((True, True, 2, 1 << 20, True), r"precision is 2, expected 0 \(float32\) or 1 \(fast\)"),
+        ((True, True, -1, 1 << 20, True), "precision is -1"),
+        ((True, True, 0, -1, True), "workspace is -1 bytes, expected at least 0"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            op(x, loc, kappa, labels, T, *changed)
     with pytest.raises(RuntimeError, match="concentration is Double"):
         op(x, loc, kappa.double(), labels, T, *options)
     with pytest.raises(RuntimeError, match="samples is not contiguous"):

@@ -69,8 +69,9 @@ def test_no_kernel_spills(ptxas_report: str, architecture: str) -> None:
 class Sizes(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("samples", "images", "proxies", "dim")),
-        *((name, ctypes.c_bool) for name in ("exact", "projection", "fast")),
-        ("workspace", ctypes.c_int64),
+        *((name, ctypes.c_bool) for name in ("exact", "projection")),
+        *((name, ctypes.c_int64) for name in ("precision", "workspace")),
+        ("keep", ctypes.c_bool),
     ]
 
 
@@ -83,8 +84,9 @@ class Pointers(ctypes.Structure):
 class Options(NamedTuple):
     exact: bool = True
     projection: bool = True
-    fast: bool = False
+    precision: int = 0
     workspace: int = 1 << 28
+    keep: bool = True
 
     @property
     def normalizer(self) -> str:
@@ -285,7 +287,7 @@ def test_every_form_runs_on_tensor_cores(host: SimpleNamespace, options: Options
 
 
 def test_fast_is_three_products_of_bf16(host: SimpleNamespace) -> None:
-    case, options = make_case(5, 13, MMA, 128, 0.1, torch.float32), Options(fast=True)
+    case, options = make_case(5, 13, MMA, 128, 0.1, torch.float32), Options(precision=1)
     grad = incoming(13, dtype=torch.float32)
     expected, gradients = eager(case.double(), options, grad.double())
     result = host.both(case, options, grad)
@@ -315,6 +317,26 @@ def test_few_proxies_take_four_launches(host: SimpleNamespace) -> None:
     before = host.launches()
     host.both(case, Options(), incoming(13, dtype=torch.float32))
     assert host.launches() - before == 4
+
+
+@pytest.mark.parametrize("shape", [(5, 13, 300, 64), (5, 13, 1300, 20)], ids=str)
+def test_keeping_nothing_costs_no_launch_and_no_bit(
+    host: SimpleNamespace, shape: tuple[int, int, int, int]
+) -> None:
+    case, results, launches = make_case(*shape, 0.1, torch.float32), [], []
+    grad = incoming(shape[1], dtype=torch.float32)
+    for options in (Options(keep=True), Options(keep=False)):
+        before = host.launches()
+        losses, partial, saved = host.proxy_nca(case, options)
+        launches.append(host.launches() - before)
+        gradients = host.proxy_nca_backward(case, options, grad, partial, saved)
+        results.append(([losses, partial], gradients, len(saved)))
+    (kept, exact, size), (forward, ours, least) = results
+    assert launches[0] == launches[1] <= 3
+    assert least < size / 50
+    assert all(map(torch.equal, kept, forward))
+    for a, b in zip(ours, exact, strict=True):
+        assert error(a, b.double()) < 1e-6
 
 
 @pytest.mark.parametrize("shape", [(5, 13, 70, 20), (40, 3, 70, 20), (5, 13, MMA, 20)], ids=str)
@@ -478,7 +500,7 @@ def on_gpu(case: Case) -> Case:
 def test_gpu_errs_as_little_as_the_host(
     gpu: SimpleNamespace, shape: tuple[int, int, int, int], T: float, fast: bool
 ) -> None:
-    case, options = make_case(*shape, T, torch.float32), Options(fast=fast)
+    case, options = make_case(*shape, T, torch.float32), Options(precision=int(fast))
     grad = incoming(shape[1], dtype=torch.float32)
     expected, gradients = eager(case.double(), options, grad.double())
     losses, rounded = eager(case, options, grad)
