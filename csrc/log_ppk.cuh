@@ -6,6 +6,7 @@
 #pragma once
 
 #include "engines.cuh"
+#include "log_ppk_plan.h"
 #include "vmf_math.h"
 
 namespace nivmf {
@@ -14,9 +15,7 @@ namespace ppk {
 // ---- the problem --------------------------------------------------------------------------------
 
 template <typename T>
-struct Problem {
-  const T *samples, *loc, *concentration, *temperature;  // [N, B, D], [P, D], [P, D], []
-  const int64_t* labels;                                 // [B]; null for the plain log-PPK
+struct Problem : LogPpkInputs<T> {
   int64_t B, P;
   int N, D;
   bool exact, projection;
@@ -25,20 +24,6 @@ struct Problem {
   int pitch;  // D padded to whole tiles
 
   NIVMF_D bool has_spread() const { return exact || projection; }
-};
-
-// A range of proxies, prepared: `linear` and `spread` [.., pitch] with zeros in the padding, the
-// other arrays with one element per proxy.
-template <typename T>
-struct Panel {
-  T *linear, *spread;
-  double* bias;      // less log C_D(0)
-  double* base;      // the bias of proxy 0, which all scores leave out
-  T* inverse_scale;  // 1 / kbar
-  T* bias_slope;     // d bias / d|K mu| / |K mu|
-  int64_t first;     // the proxy of row 0
-  int64_t count;     // proxies
-  int blocks;        // tiles
 };
 
 struct Row {
@@ -86,11 +71,6 @@ NIVMF_D double inverse_temperature(const Problem<T>& p) {
 constexpr double kLog2e = 1.44269504088896340736;
 
 // ---- the score of a pair and its derivatives ----------------------------------------------------
-
-template <typename T>
-struct alignas(2 * sizeof(T)) Products {
-  T num, delta;
-};
 
 template <typename T>
 struct Score {

@@ -22,16 +22,11 @@ template <typename T>
 struct PairArgs {
   Problem<T> p;
   Panel<T> panel;
-  const T* grad;           // [B], or [B, P] for log-PPK
-  const double* partial;   // [4, B]
-  const T* rest;           // [2, B, P], log-PPK
-  const Products<T>* own;  // these three may be null
-  const T* maxima;
-  Products<T>* kept;
-  T *by_num, *by_delta;    // [padded rows, panel.blocks * kTile]
-  T* by_bias;              // [row blocks, panel.blocks * kTile]: sums over the block's rows
-  unsigned char* alive;    // [row blocks, panel.blocks]
-  double* by_temperature;  // one per block
+  const T* grad;          // [B], or [B, P] for log-PPK
+  const double* partial;  // [4, B]
+  const T* rest;          // [2, B, P], log-PPK
+  SavedPairs<T> saved;
+  PairGradients<T> out;
 };
 
 // The shared constants of a row: p = exp2((z - top) scale - rest), z and top relative to the
@@ -58,14 +53,14 @@ NIVMF_D void load_softmax(S& s, const PairArgs<T>& a, int row_block) {
 
 template <class S, typename T>
 NIVMF_D bool tile_is_alive(S& s, const PairArgs<T>& a, int row_block, int block) {
-  if (threadIdx.x == 0) s.flag = a.maxima == nullptr;
+  if (threadIdx.x == 0) s.flag = a.saved.maxima == nullptr;
   __syncthreads();
-  if (a.maxima && int(threadIdx.x) < S::kTile && s.offset[threadIdx.x] >= 0) {
+  if (a.saved.maxima && int(threadIdx.x) < S::kTile && s.offset[threadIdx.x] >= 0) {
     const Problem<T>& p = a.p;
     const int64_t first = a.panel.first + int64_t(block) * S::kTile;
     const int slot = row_of<S::kTile>(p, row_block, threadIdx.x).slot;
     const T highest =
-        a.maxima[(first / S::kTile * p.row_blocks + row_block) * p.images_per_block + slot];
+        a.saved.maxima[(first / S::kTile * p.row_blocks + row_block) * p.images_per_block + slot];
     const T bits = sizeof(T) == 4 ? T(-24) : T(-53);
     const T bound = bits - std::log2(T(p.N) * T(p.P));
     const bool dead = (highest - s.top[threadIdx.x]) * s.scale - s.rest[threadIdx.x] < bound;
@@ -87,18 +82,18 @@ __global__ void __launch_bounds__(kThreads, Engine::kMinBlocks)
   if (kProxyNca) load_softmax(s, a, row_block);
   load_rows(s, p, row_block);
   const bool alive = !kProxyNca || tile_is_alive(s, a, row_block, block);
-  if (threadIdx.x == 0) a.alive[int64_t(row_block) * a.panel.blocks + block] = alive;
+  if (threadIdx.x == 0) a.out.alive[int64_t(row_block) * a.panel.blocks + block] = alive;
   if (!alive) {
-    if (threadIdx.x == 0) a.by_temperature[blockIdx.x] = 0;
+    if (threadIdx.x == 0) a.out.by_temperature[blockIdx.x] = 0;
     return;
   }
 
-  if (!a.kept) pair_products(p, a.panel, block, s);
+  if (!a.saved.kept) pair_products(p, a.panel, block, s);
   load_bias(s, a.panel, block);
   __syncthreads();
   const int64_t local = int64_t(block) * kTile, first = a.panel.first + local;
   const int64_t pitch = int64_t(a.panel.blocks) * kTile;
-  const Products<T>* kept = kept_tile<Engine>(a.kept, p, first, row_block);
+  const Products<T>* kept = kept_tile<Engine>(a.saved.kept, p, first, row_block);
   const double inverse_t = inverse_temperature(p);
   const T scale = s.scale;
   T by_temperature = 0, by_bias = 0;  // a thread stays in one column
@@ -113,8 +108,8 @@ __global__ void __launch_bounds__(kThreads, Engine::kMinBlocks)
       Products<T> products = {s.num[r][c], s.delta[r][c]};
       if (kept) {
         products = kept[i];
-      } else if (own && a.own) {
-        products = a.own[at];
+      } else if (own && a.saved.own) {
+        products = a.saved.own[at];
       }
       v = score(p, products, s.bias[c]);
       // dT = -sum dl z / T^2. In proxy-NCA dl sums to 0 over an image, so z may be taken relative
@@ -131,18 +126,18 @@ __global__ void __launch_bounds__(kThreads, Engine::kMinBlocks)
         by_temperature += g * v.z;
       }
     }
-    a.by_num[at * pitch + local + c] = g * v.by_num;
-    if (p.has_spread()) a.by_delta[at * pitch + local + c] = g * v.by_delta;
+    a.out.by_num[at * pitch + local + c] = g * v.by_num;
+    if (p.has_spread()) a.out.by_delta[at * pitch + local + c] = g * v.by_delta;
     by_bias += g;
   }
   const double sum = block_sum(double(by_temperature), s.warp);
-  if (threadIdx.x == 0) a.by_temperature[blockIdx.x] = -sum * inverse_t;
+  if (threadIdx.x == 0) a.out.by_temperature[blockIdx.x] = -sum * inverse_t;
   s.column[threadIdx.x] = by_bias;
   __syncthreads();
   if (int(threadIdx.x) < kTile) {
     T total = 0;
     for (int part = threadIdx.x; part < kThreads; part += kTile) total += s.column[part];
-    a.by_bias[row_block * pitch + local + threadIdx.x] = total;
+    a.out.by_bias[row_block * pitch + local + threadIdx.x] = total;
   }
 }
 
@@ -158,15 +153,11 @@ template <typename T>
 struct GradientArgs {
   Problem<T> p;
   Panel<T> panel;
-  const T *by_num, *by_delta, *by_bias;
-  const unsigned char* alive;
-  const double* by_temperature;
+  PairGradients<T> in;
   int splits, blocks_per_split;
-  bool first, last;            // of the chunks of proxies
-  T* d_samples;                // [splits, N, B, D]
-  T *d_loc, *d_concentration;  // [P, D]
-  double* temperature_sum;     // carried from chunk to chunk
-  T* d_temperature;
+  bool first, last;         // of the chunks of proxies
+  double* temperature_sum;  // carried from chunk to chunk
+  LogPpkGradients<T> out;   // of the samples [splits, N, B, D]
 };
 
 template <class Engine>
@@ -195,12 +186,12 @@ NIVMF_D void sample_gradient(const GradientArgs<T>& a, GradientShared<Engine>& s
     };
     const auto value = [&](int r, int c) { return (proxy + r) * p.pitch + column + c; };
     load_tile<A, T, kTile>(s.stage[stage][0], true,
-                           [&](int r, int c) { return a.by_num + pair(r, c); });
+                           [&](int r, int c) { return a.in.by_num + pair(r, c); });
     load_tile<B, T, kTile>(s.stage[stage][1], true,
                            [&](int r, int c) { return a.panel.linear + value(r, c); });
     if (!two) return;
     load_tile<A, T, kTile>(s.stage[stage][2], true,
-                           [&](int r, int c) { return a.by_delta + pair(r, c); });
+                           [&](int r, int c) { return a.in.by_delta + pair(r, c); });
     load_tile<B, T, kTile>(s.stage[stage][3], true,
                            [&](int r, int c) { return a.panel.spread + value(r, c); });
   };
@@ -209,12 +200,12 @@ NIVMF_D void sample_gradient(const GradientArgs<T>& a, GradientShared<Engine>& s
     linear.template add<A, B, false, false>(s.stage[stage][0], s.stage[stage][1]);
     if (two) spread.template add<A, B, false, false>(s.stage[stage][2], s.stage[stage][3]);
   };
-  const unsigned char* alive = a.alive + int64_t(row_block) * a.panel.blocks;
+  const unsigned char* alive = a.in.alive + int64_t(row_block) * a.panel.blocks;
   const int begin = split * a.blocks_per_split;
   const int end = min(begin + a.blocks_per_split, a.panel.blocks);
   pipeline<kTile / kDepth>(begin, end, [&](int block) { return alive[block] != 0; }, load, add);
 
-  T* out = a.d_samples + split * (int64_t(p.N) * p.B * p.D);
+  T* out = a.out.samples + split * (int64_t(p.N) * p.B * p.D);
   Engine::for_each(linear, spread, [&](int r, int c, T v, T w) {
     const Row row = row_of<kTile>(p, row_block, r);
     if (!row.valid || column + c >= p.D) return;
@@ -232,14 +223,14 @@ NIVMF_D void proxy_gradient(const GradientArgs<T>& a, GradientShared<Engine>& s,
   const int64_t pitch = int64_t(a.panel.blocks) * kTile, local = int64_t(block) * kTile;
   const bool two = p.has_spread();
   const auto alive = [&](int row_block) {
-    return a.alive[int64_t(row_block) * a.panel.blocks + block] != 0;
+    return a.in.alive[int64_t(row_block) * a.panel.blocks + block] != 0;
   };
   const auto load = [&](int stage, int row_block, int slab) {
     const auto pair = [&](int r, int c) {
       return (int64_t(row_block) * kTile + slab * kDepth + r) * pitch + local + c;
     };
     load_tile<Layout, T, kTile>(s.stage[stage][0], true,
-                                [&](int r, int c) { return a.by_num + pair(r, c); });
+                                [&](int r, int c) { return a.in.by_num + pair(r, c); });
     load_tile<Layout, T, kTile>(s.stage[stage][1], p.vector, [&](int r, int c) -> const T* {
       const Row row = row_of<kTile>(p, row_block, slab * kDepth + r);
       return row.valid && column + c < p.D ? p.samples + sample_offset(p, row) + column + c
@@ -247,7 +238,7 @@ NIVMF_D void proxy_gradient(const GradientArgs<T>& a, GradientShared<Engine>& s,
     });
     if (!two) return;
     load_tile<Layout, T, kTile>(s.stage[stage][2], true,
-                                [&](int r, int c) { return a.by_delta + pair(r, c); });
+                                [&](int r, int c) { return a.in.by_delta + pair(r, c); });
   };
   Engine linear, spread;
   const auto add = [&](int stage) {
@@ -257,7 +248,7 @@ NIVMF_D void proxy_gradient(const GradientArgs<T>& a, GradientShared<Engine>& s,
   if (int(threadIdx.x) < kTile) {
     T sum = 0;
     for (int row_block = 0; row_block < p.row_blocks; ++row_block) {
-      if (alive(row_block)) sum += a.by_bias[row_block * pitch + local + threadIdx.x];
+      if (alive(row_block)) sum += a.in.by_bias[row_block * pitch + local + threadIdx.x];
     }
     s.by_bias[threadIdx.x] = sum;
   }
@@ -273,8 +264,9 @@ NIVMF_D void proxy_gradient(const GradientArgs<T>& a, GradientShared<Engine>& s,
     const T ratio = kappa * a.panel.inverse_scale[j], weight = by_bias * a.panel.bias_slope[j];
     const T by_kappa = by_linear * (p.projection ? 2 * mu * ratio : mu);
     const T spread_term = two ? 2 * ratio * a.panel.inverse_scale[j] * by_spread : T(0);
-    a.d_loc[at] = by_linear * (p.projection ? kappa * ratio : kappa) + weight * kappa * kappa * mu;
-    a.d_concentration[at] = by_kappa + weight * kappa * mu * mu + (spread_term + by_bias / kappa);
+    a.out.loc[at] =
+        by_linear * (p.projection ? kappa * ratio : kappa) + weight * kappa * kappa * mu;
+    a.out.concentration[at] = by_kappa + weight * kappa * mu * mu + (spread_term + by_bias / kappa);
   });
 }
 
@@ -294,12 +286,12 @@ __global__ void __launch_bounds__(kThreads, 2)
   } else {
     const int64_t count = int64_t(p.row_blocks) * a.panel.blocks;
     double sum = 0;
-    for (int64_t i = threadIdx.x; i < count; i += kThreads) sum += a.by_temperature[i];
+    for (int64_t i = threadIdx.x; i < count; i += kThreads) sum += a.in.by_temperature[i];
     sum = block_sum(sum, s.warp);
     if (threadIdx.x != 0) return;
     if (!a.first) sum += *a.temperature_sum;
     *a.temperature_sum = sum;
-    if (a.last) *a.d_temperature = T(sum);
+    if (a.last) *a.out.temperature = T(sum);
   }
 }
 

@@ -134,21 +134,18 @@ template <typename T>
 struct ForwardArgs {
   Problem<T> p;
   Panel<T> panel;
+  SavedPairs<T> saved;
+  ForwardState<T> state;
   int splits, blocks_per_split;
-  bool first, last;        // of the chunks of proxies
-  T *top, *sum;            // [splits, padded rows], carried from chunk to chunk
-  T* own_z;                // [padded rows]
-  const Products<T>* own;  // [padded rows] or null
-  T* maxima;               // [proxy blocks, row blocks, images_per_block] or null
-  Products<T>* kept;       // [proxy blocks, row blocks, kTile, kTile] or null
-  unsigned* tickets;       // one per group of row blocks that share images
-  double* partial;         // [4, B]
-  T* losses;               // [B]
+  bool first, last;  // of the chunks of proxies
+  double* partial;   // [4, B]
+  T* losses;         // [B]
 };
 
 template <class Engine, typename T>
 NIVMF_D void combine_image(const ForwardArgs<T>& a, int64_t image) {
   const Problem<T>& p = a.p;
+  const ForwardState<T>& state = a.state;
   const int lane = threadIdx.x % 32;
   const int64_t rows = int64_t(p.row_blocks) * Engine::kTile, count = int64_t(p.N) * a.splits;
   const double inverse_t = inverse_temperature(p);
@@ -157,21 +154,23 @@ NIVMF_D void combine_image(const ForwardArgs<T>& a, int64_t image) {
     return i / p.N * rows + padded_row<Engine::kTile>(p, image, int(i % p.N));
   };
   T top = -T(INFINITY), sum = 0, own_top = -T(INFINITY), own_sum = 0;
-  for (int64_t i = lane; i < count; i += 32) top = std::fmax(top, load_fresh(a.top + at(i)));
+  for (int64_t i = lane; i < count; i += 32) top = std::fmax(top, load_fresh(state.top + at(i)));
   top = warp_max(top);
   for (int64_t i = lane; i < count; i += 32) {
-    sum +=
-        load_fresh(a.sum + at(i)) * std::exp2((load_fresh(a.top + at(i)) - as_shift(top)) * scale);
+    sum += load_fresh(state.sum + at(i)) *
+           std::exp2((load_fresh(state.top + at(i)) - as_shift(top)) * scale);
   }
   sum = warp_sum(sum);
 
   const int64_t label = p.labels[image];
   const bool known = label >= 0 && label < p.P;
   if (known) {
-    for (int s = lane; s < p.N; s += 32) own_top = std::fmax(own_top, load_fresh(a.own_z + at(s)));
+    for (int s = lane; s < p.N; s += 32) {
+      own_top = std::fmax(own_top, load_fresh(state.own_z + at(s)));
+    }
     own_top = warp_max(own_top);
     for (int s = lane; s < p.N; s += 32) {
-      own_sum += std::exp2((load_fresh(a.own_z + at(s)) - as_shift(own_top)) * scale);
+      own_sum += std::exp2((load_fresh(state.own_z + at(s)) - as_shift(own_top)) * scale);
     }
     own_sum = warp_sum(own_sum);
   }
@@ -195,14 +194,14 @@ __global__ void __launch_bounds__(kThreads, Engine::kMinBlocks)
   // Blocks that run at the same time share their proxies: the panel is read from memory once, and
   // the samples stay in the L2.
   const int begin = blockIdx.x / p.row_blocks * a.blocks_per_split;
-  const auto state = [&] {  // [split, padded row]
+  const auto here = [&] {  // [split, padded row]
     const unsigned split = blockIdx.x / p.row_blocks, row_block = blockIdx.x % p.row_blocks;
     return (int64_t(split) * p.row_blocks + row_block) * kTile + threadIdx.x;
   };
   // State carried from tile to tile stays in shared memory: the products need every register.
   if (int(threadIdx.x) < kTile) {
-    s.top[threadIdx.x] = a.first ? -T(INFINITY) : a.top[state()];
-    s.sum[threadIdx.x] = a.first ? T(0) : a.sum[state()];
+    s.top[threadIdx.x] = a.first ? -T(INFINITY) : a.state.top[here()];
+    s.sum[threadIdx.x] = a.first ? T(0) : a.state.sum[here()];
   }
   if (threadIdx.x == 0) s.end = min(begin + a.blocks_per_split, a.panel.blocks);
   load_rows(s, p, blockIdx.x % p.row_blocks);
@@ -213,18 +212,18 @@ __global__ void __launch_bounds__(kThreads, Engine::kMinBlocks)
     __syncthreads();
     const int row_block = s.row_block;
     const int64_t local = int64_t(block) * kTile, first = a.panel.first + local;
-    Products<T>* kept = kept_tile<Engine>(a.kept, p, first, row_block);
+    Products<T>* kept = kept_tile<Engine>(a.saved.kept, p, first, row_block);
 #pragma unroll 2
     for (int i = threadIdx.x; i < kTile * kTile; i += kThreads) {
       const int r = i / kTile, c = i % kTile;
       const int64_t at = int64_t(row_block) * kTile + r;
       const bool own = s.label[r] == first + c;
       Products<T> v = {s.num[r][c], s.delta[r][c]};
-      if (own && a.own) v = a.own[at];
+      if (own && a.saved.own) v = a.saved.own[at];
       if (kept) kept[i] = v;
       const bool valid = s.offset[r] >= 0 && local + c < a.panel.count;
       const T z = valid ? score(p, v, s.bias[c]).z : -T(INFINITY);
-      if (own) a.own_z[at] = z;
+      if (own) a.state.own_z[at] = z;
       s.num[r][c] = z;
     }
     __syncthreads();
@@ -251,26 +250,26 @@ __global__ void __launch_bounds__(kThreads, Engine::kMinBlocks)
       s.sum[threadIdx.x] = before + s.fresh[threadIdx.x];
       s.top[threadIdx.x] = next;
     }
-    if (a.maxima) {
+    if (a.saved.maxima) {
       if (int(threadIdx.x) < p.images_per_block) {
         const int size = p.N <= kTile ? p.N : kTile;
         T best = -T(INFINITY);
         for (int i = 0; i < size; ++i) best = std::fmax(best, s.highest[threadIdx.x * size + i]);
-        a.maxima[((first / kTile) * p.row_blocks + row_block) * p.images_per_block + threadIdx.x] =
-            best;
+        a.saved.maxima[((first / kTile) * p.row_blocks + row_block) * p.images_per_block +
+                       threadIdx.x] = best;
       }
     }
   }
   if (int(threadIdx.x) < kTile) {
-    a.top[state()] = s.top[threadIdx.x];
-    a.sum[state()] = s.sum[threadIdx.x];
+    a.state.top[here()] = s.top[threadIdx.x];
+    a.state.sum[here()] = s.sum[threadIdx.x];
   }
   if (!a.last) return;
 
   const int row_block = s.row_block;
   __syncthreads();
   if (threadIdx.x == 0) {
-    s.flag = take_ticket(a.tickets + row_block / p.blocks_per_image,
+    s.flag = take_ticket(a.state.tickets + row_block / p.blocks_per_image,
                          unsigned(a.splits) * unsigned(p.blocks_per_image));
   }
   __syncthreads();
