@@ -6,8 +6,8 @@
 #pragma once
 
 #include "engines.cuh"
+#include "host_device.h"
 #include "log_ppk_plan.h"
-#include "vmf_math.h"
 
 namespace nivmf {
 namespace ppk {

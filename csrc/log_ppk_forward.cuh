@@ -6,6 +6,7 @@
 #pragma once
 
 #include "log_ppk.cuh"
+#include "vmf_normalizer.h"
 
 namespace nivmf {
 namespace ppk {

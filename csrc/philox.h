@@ -7,16 +7,7 @@
 
 #include <cstdint>
 
-#if defined(__CUDACC__)
-#define NIVMF_HD __host__ __device__ __forceinline__
-#define NIVMF_UNROLL _Pragma("unroll")
-#elif defined(__GNUC__)
-#define NIVMF_HD inline __attribute__((always_inline))  // into callers built for a newer CPU
-#define NIVMF_UNROLL _Pragma("GCC unroll 64")
-#else
-#define NIVMF_HD inline
-#define NIVMF_UNROLL
-#endif
+#include "host_device.h"
 
 namespace nivmf {
 

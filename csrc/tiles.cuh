@@ -6,7 +6,7 @@
 #pragma once
 
 #include "device.cuh"
-#include "philox.h"
+#include "host_device.h"
 
 namespace nivmf {
 namespace ppk {

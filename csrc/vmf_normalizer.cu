@@ -4,7 +4,7 @@
 #include <algorithm>
 
 #include "vmf_kernels.h"
-#include "vmf_math.h"
+#include "vmf_normalizer.h"
 
 namespace nivmf {
 namespace {

@@ -2,7 +2,7 @@
 // the threads.
 #include "parallel.h"
 #include "vmf_kernels.h"
-#include "vmf_math.h"
+#include "vmf_normalizer.h"
 
 namespace nivmf {
 

@@ -19,7 +19,7 @@
 #include <type_traits>
 
 #include "vmf_kernels.h"
-#include "vmf_math.h"
+#include "vmf_radial_gradient.h"
 
 namespace nivmf {
 namespace {

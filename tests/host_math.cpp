@@ -1,4 +1,4 @@
-// The device math of csrc/vmf_math.h compiled for the host and bound as it is, for
+// The mathematics that CPU and GPU share, compiled for the host and bound as it is, for
 // tests/test_vmf_math.py.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -6,7 +6,7 @@
 
 #include <array>
 
-#include "vmf_math.h"
+#include "vmf_radial_gradient.h"
 
 namespace py = pybind11;
 

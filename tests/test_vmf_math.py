@@ -1,4 +1,4 @@
-"""csrc/vmf_math.h and philox.h, one source for CPU and GPU: on the host, against exact values."""
+"""The mathematics that CPU and GPU share in csrc: on the host, against exact values."""
 
 import functools
 from collections import defaultdict
