@@ -94,8 +94,8 @@ NIVMF_D Score<T> score(const Problem<T>& p, const Products<T>& v, T bias) {
 
 // A maximum to subtract; 0 for an empty one, since exp(-inf - -inf) is NaN.
 template <typename T>
-NIVMF_D T as_shift(T top) {
-  return top == -T(INFINITY) ? T(0) : top;
+NIVMF_D T as_shift(T max) {
+  return max == -T(INFINITY) ? T(0) : max;
 }
 
 // Where a tile's products are kept for the backward, or null if the workspace is too small.
@@ -104,6 +104,12 @@ NIVMF_D Products<T>* kept_tile(Products<T>* kept, const Problem<T>& p, int64_t f
                                int row_block) {
   constexpr int kTile = Engine::kTile;
   return kept ? kept + (first / kTile * p.row_blocks + row_block) * (kTile * kTile) : nullptr;
+}
+
+// Where the maximum of an image's scores in a tile is saved (SavedPairs::max).
+template <typename T>
+NIVMF_D int64_t max_at(const Problem<T>& p, int64_t block, int row_block, int slot) {
+  return (block * p.row_blocks + row_block) * p.images_per_block + slot;
 }
 
 // The shared memory of the kernels on pairs.
@@ -121,10 +127,10 @@ struct PairShared {
   int64_t offset[kTile];  // of the row's sample, -1 if there is none
   int64_t label[kTile];   // of the row's image, -1 if there is no such proxy
   T bias[kTile];
-  T highest[kTile], fresh[kTile];  // of the tile, per row
-  T top[kTile], sum[kTile];        // so far: the forward's state, per row
-  T rest[kTile], own_top[kTile], own_rest[kTile], grad[kTile];  // the backward's, with `top`
-  T scale;                                                      // log2(e) / T
+  T tile_max[kTile], tile_sum[kTile];  // of the tile, per row
+  T max[kTile], sum[kTile];            // over the tiles so far, per row: the forward's
+  T lse[kTile], own_max[kTile], own_lse[kTile], grad[kTile];  // the backward's, with `max`
+  T scale;                                                    // log2(e) / T
   T column[kThreads];
   double warp[kWarps];
   int flag, row_block, end;

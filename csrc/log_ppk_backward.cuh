@@ -24,12 +24,12 @@ struct PairArgs {
   Panel<T> panel;
   const T* grad;          // [B], or [B, P] for log-PPK
   const double* partial;  // [4, B]
-  const T* rest;          // [2, B, P], log-PPK
+  const T* max_lse;       // [2, B, P], log-PPK's
   SavedPairs<T> saved;
   PairGradients<T> out;
 };
 
-// The shared constants of a row: p = exp2((z - top) scale - rest), z and top relative to the
+// The shared constants of a row: p = exp2((z - max) scale - lse), z and max relative to the
 // panel's base.
 template <class S, typename T>
 NIVMF_D void load_softmax(S& s, const PairArgs<T>& a, int row_block) {
@@ -37,33 +37,32 @@ NIVMF_D void load_softmax(S& s, const PairArgs<T>& a, int row_block) {
     const double inverse_t = inverse_temperature(a.p);
     const Row row = row_of<S::kTile>(a.p, row_block, threadIdx.x);
     const int64_t B = a.p.B, image = row.valid ? row.image : 0;
-    const auto set = [&](double top, double log_z, T& to_top, T& to_rest) {
+    const auto set = [&](double max, double log_z, T& to_max, T& to_lse) {
       // A maximum over other proxies need not be representable relative to this base.
-      to_top = T(top - *a.panel.base);
-      const double left = top - *a.panel.base - double(to_top);
-      to_rest = T((left * inverse_t + log_z) * kLog2e);
+      to_max = T(max - *a.panel.base);
+      const double left = max - *a.panel.base - double(to_max);
+      to_lse = T((left * inverse_t + log_z) * kLog2e);
     };
-    set(a.partial[image], a.partial[B + image], s.top[threadIdx.x], s.rest[threadIdx.x]);
-    set(a.partial[2 * B + image], a.partial[3 * B + image], s.own_top[threadIdx.x],
-        s.own_rest[threadIdx.x]);
-    if (a.partial[2 * B + image] == -double(INFINITY)) s.rest[threadIdx.x] = T(NAN);
+    set(a.partial[image], a.partial[B + image], s.max[threadIdx.x], s.lse[threadIdx.x]);
+    set(a.partial[2 * B + image], a.partial[3 * B + image], s.own_max[threadIdx.x],
+        s.own_lse[threadIdx.x]);
+    if (a.partial[2 * B + image] == -double(INFINITY)) s.lse[threadIdx.x] = T(NAN);
     s.grad[threadIdx.x] = T(double(a.grad[image]) * inverse_t);
   }
 }
 
 template <class S, typename T>
 NIVMF_D bool tile_is_alive(S& s, const PairArgs<T>& a, int row_block, int block) {
-  if (threadIdx.x == 0) s.flag = a.saved.maxima == nullptr;
+  if (threadIdx.x == 0) s.flag = a.saved.max == nullptr;
   __syncthreads();
-  if (a.saved.maxima && int(threadIdx.x) < S::kTile && s.offset[threadIdx.x] >= 0) {
+  if (a.saved.max && int(threadIdx.x) < S::kTile && s.offset[threadIdx.x] >= 0) {
     const Problem<T>& p = a.p;
     const int64_t first = a.panel.first + int64_t(block) * S::kTile;
     const int slot = row_of<S::kTile>(p, row_block, threadIdx.x).slot;
-    const T highest =
-        a.saved.maxima[(first / S::kTile * p.row_blocks + row_block) * p.images_per_block + slot];
+    const T max = a.saved.max[max_at(p, first / S::kTile, row_block, slot)];
     const T bits = sizeof(T) == 4 ? T(-24) : T(-53);
     const T bound = bits - std::log2(T(p.N) * T(p.P));
-    const bool dead = (highest - s.top[threadIdx.x]) * s.scale - s.rest[threadIdx.x] < bound;
+    const bool dead = (max - s.max[threadIdx.x]) * s.scale - s.lse[threadIdx.x] < bound;
     const int64_t label = s.label[threadIdx.x] - first;
     if (!dead || (label >= 0 && label < S::kTile)) s.flag = 1;  // NaN is alive
   }
@@ -115,14 +114,14 @@ __global__ void __launch_bounds__(kThreads, Engine::kMinBlocks)
       // dT = -sum dl z / T^2. In proxy-NCA dl sums to 0 over an image, so z may be taken relative
       // to the image's maximum.
       if (kProxyNca) {
-        T weight = std::exp2((v.z - s.top[r]) * scale - s.rest[r]);
-        if (own) weight -= std::exp2((v.z - s.own_top[r]) * scale - s.own_rest[r]);
+        T weight = std::exp2((v.z - s.max[r]) * scale - s.lse[r]);
+        if (own) weight -= std::exp2((v.z - s.own_max[r]) * scale - s.own_lse[r]);
         g = s.grad[r] * weight;
-        by_temperature += g * (v.z - s.top[r]);
+        by_temperature += g * (v.z - s.max[r]);
       } else {
         const int64_t pair = row_of<kTile>(p, row_block, r).image * p.P + first + c;
-        const T rest = a.rest[p.B * p.P + pair] * T(kLog2e);
-        g = T(double(a.grad[pair]) * inverse_t) * std::exp2((v.z - a.rest[pair]) * scale - rest);
+        const T lse = a.max_lse[p.B * p.P + pair] * T(kLog2e);
+        g = T(double(a.grad[pair]) * inverse_t) * std::exp2((v.z - a.max_lse[pair]) * scale - lse);
         by_temperature += g * v.z;
       }
     }
@@ -261,7 +260,7 @@ NIVMF_D void proxy_gradient(const GradientArgs<T>& a, GradientShared<Engine>& s,
     if (j >= a.panel.count || column + c >= p.D) return;
     const int64_t at = (a.panel.first + j) * p.D + column + c;
     const T mu = p.loc[at], kappa = p.concentration[at], by_bias = s.by_bias[r];
-    const T ratio = kappa * a.panel.inverse_scale[j], weight = by_bias * a.panel.bias_slope[j];
+    const T ratio = kappa * a.panel.inverse_scale[j], weight = by_bias * a.panel.pull[j];
     const T by_kappa = by_linear * (p.projection ? 2 * mu * ratio : mu);
     const T spread_term = two ? 2 * ratio * a.panel.inverse_scale[j] * by_spread : T(0);
     a.out.loc[at] =

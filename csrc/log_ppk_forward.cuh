@@ -18,7 +18,7 @@ namespace ppk {
 // on a data-centre GPU.
 
 struct ProxyScalars {
-  double inverse_scale, bias, bias_slope;
+  double inverse_scale, bias, pull;
 };
 
 template <typename T>
@@ -35,9 +35,9 @@ NIVMF_D ProxyScalars proxy_scalars(const Problem<T>& p, const LogNormalizerPlan<
   squares = warp_sum(squares);
   const double length = std::sqrt(squares);
   const LogNormalizer<double> g = log_normalizer(length, plan);
-  const double slope = p.exact ? -g.a : -g.a - 1 / length;
+  const double by_length = p.exact ? -g.a : -g.a - 1 / length;
   return {std::exp(-logs / p.D), p.exact ? g.g : g.g + logs - std::log(length),
-          length == 0 ? 0 : slope / length};
+          length == 0 ? 0 : by_length / length};
 }
 
 template <typename T>
@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kThreads)
   if (lane == 0) {
     a.panel.bias[row] = scalars.bias;
     a.panel.inverse_scale[row] = T(scalars.inverse_scale);
-    a.panel.bias_slope[row] = T(scalars.bias_slope);
+    a.panel.pull[row] = T(scalars.pull);
     if (j == 0) *a.panel.base = scalars.bias;
   }
   for (int d = lane; d < p.pitch; d += 32) {
@@ -154,12 +154,12 @@ NIVMF_D void combine_image(const ForwardArgs<T>& a, int64_t image) {
   const auto at = [&](int64_t i) {
     return i / p.N * rows + padded_row<Engine::kTile>(p, image, int(i % p.N));
   };
-  T top = -T(INFINITY), sum = 0, own_top = -T(INFINITY), own_sum = 0;
-  for (int64_t i = lane; i < count; i += 32) top = std::fmax(top, load_fresh(state.top + at(i)));
-  top = warp_max(top);
+  T max = -T(INFINITY), sum = 0, own_max = -T(INFINITY), own_sum = 0;
+  for (int64_t i = lane; i < count; i += 32) max = std::fmax(max, load_fresh(state.max + at(i)));
+  max = warp_max(max);
   for (int64_t i = lane; i < count; i += 32) {
     sum += load_fresh(state.sum + at(i)) *
-           std::exp2((load_fresh(state.top + at(i)) - as_shift(top)) * scale);
+           std::exp2((load_fresh(state.max + at(i)) - as_shift(max)) * scale);
   }
   sum = warp_sum(sum);
 
@@ -167,21 +167,21 @@ NIVMF_D void combine_image(const ForwardArgs<T>& a, int64_t image) {
   const bool known = label >= 0 && label < p.P;
   if (known) {
     for (int s = lane; s < p.N; s += 32) {
-      own_top = std::fmax(own_top, load_fresh(state.own_z + at(s)));
+      own_max = std::fmax(own_max, load_fresh(state.own_z + at(s)));
     }
-    own_top = warp_max(own_top);
+    own_max = warp_max(own_max);
     for (int s = lane; s < p.N; s += 32) {
-      own_sum += std::exp2((load_fresh(state.own_z + at(s)) - as_shift(own_top)) * scale);
+      own_sum += std::exp2((load_fresh(state.own_z + at(s)) - as_shift(own_max)) * scale);
     }
     own_sum = warp_sum(own_sum);
   }
   if (lane != 0) return;
   const double log_z = std::log(double(sum)), own_log_z = known ? std::log(double(own_sum)) : 0;
-  a.partial[image] = *a.panel.base + double(top);
+  a.partial[image] = *a.panel.base + double(max);
   a.partial[p.B + image] = log_z;
-  a.partial[2 * p.B + image] = *a.panel.base + double(own_top);
+  a.partial[2 * p.B + image] = *a.panel.base + double(own_max);
   a.partial[3 * p.B + image] = own_log_z;
-  const double loss = (double(top) - double(own_top)) * inverse_t + (log_z - own_log_z);
+  const double loss = (double(max) - double(own_max)) * inverse_t + (log_z - own_log_z);
   a.losses[image] = known ? T(loss) : T(NAN);
 }
 
@@ -201,7 +201,7 @@ __global__ void __launch_bounds__(kThreads, Engine::kMinBlocks)
   };
   // State carried from tile to tile stays in shared memory: the products need every register.
   if (int(threadIdx.x) < kTile) {
-    s.top[threadIdx.x] = a.first ? -T(INFINITY) : a.state.top[here()];
+    s.max[threadIdx.x] = a.first ? -T(INFINITY) : a.state.max[here()];
     s.sum[threadIdx.x] = a.first ? T(0) : a.state.sum[here()];
   }
   if (threadIdx.x == 0) s.end = min(begin + a.blocks_per_split, a.panel.blocks);
@@ -229,40 +229,41 @@ __global__ void __launch_bounds__(kThreads, Engine::kMinBlocks)
     }
     __syncthreads();
     const int row = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
-    T highest = -T(INFINITY);
+    T tile_max = -T(INFINITY);
 #pragma unroll 4
-    for (int c = lane; c < kTile; c += kLanes) highest = std::fmax(highest, s.num[row][c]);
+    for (int c = lane; c < kTile; c += kLanes) tile_max = std::fmax(tile_max, s.num[row][c]);
     for (int mask = 1; mask < kLanes; mask *= 2) {
-      highest = std::fmax(highest, shuffle_xor(highest, mask));
+      tile_max = std::fmax(tile_max, shuffle_xor(tile_max, mask));
     }
-    const T shift = as_shift(std::fmax(s.top[row], highest)), scale = s.scale;
-    T fresh = 0;
+    const T shift = as_shift(std::fmax(s.max[row], tile_max)), scale = s.scale;
+    T tile_sum = 0;
 #pragma unroll 4
-    for (int c = lane; c < kTile; c += kLanes) fresh += std::exp2((s.num[row][c] - shift) * scale);
-    for (int mask = 1; mask < kLanes; mask *= 2) fresh += shuffle_xor(fresh, mask);
+    for (int c = lane; c < kTile; c += kLanes) {
+      tile_sum += std::exp2((s.num[row][c] - shift) * scale);
+    }
+    for (int mask = 1; mask < kLanes; mask *= 2) tile_sum += shuffle_xor(tile_sum, mask);
     if (lane == 0) {
-      s.highest[row] = highest;
-      s.fresh[row] = fresh;
+      s.tile_max[row] = tile_max;
+      s.tile_sum[row] = tile_sum;
     }
     __syncthreads();
     if (int(threadIdx.x) < kTile) {
-      const T previous = s.top[threadIdx.x], next = std::fmax(previous, s.highest[threadIdx.x]);
+      const T previous = s.max[threadIdx.x], next = std::fmax(previous, s.tile_max[threadIdx.x]);
       const T before = s.sum[threadIdx.x] * std::exp2((previous - as_shift(next)) * scale);
-      s.sum[threadIdx.x] = before + s.fresh[threadIdx.x];
-      s.top[threadIdx.x] = next;
+      s.sum[threadIdx.x] = before + s.tile_sum[threadIdx.x];
+      s.max[threadIdx.x] = next;
     }
-    if (a.saved.maxima) {
+    if (a.saved.max) {
       if (int(threadIdx.x) < p.images_per_block) {
         const int size = p.N <= kTile ? p.N : kTile;
         T best = -T(INFINITY);
-        for (int i = 0; i < size; ++i) best = std::fmax(best, s.highest[threadIdx.x * size + i]);
-        a.saved.maxima[((first / kTile) * p.row_blocks + row_block) * p.images_per_block +
-                       threadIdx.x] = best;
+        for (int i = 0; i < size; ++i) best = std::fmax(best, s.tile_max[threadIdx.x * size + i]);
+        a.saved.max[max_at(p, first / kTile, row_block, int(threadIdx.x))] = best;
       }
     }
   }
   if (int(threadIdx.x) < kTile) {
-    a.state.top[here()] = s.top[threadIdx.x];
+    a.state.max[here()] = s.max[threadIdx.x];
     a.state.sum[here()] = s.sum[threadIdx.x];
   }
   if (!a.last) return;
@@ -287,8 +288,8 @@ template <typename T>
 struct LogPpkArgs {
   Problem<T> p;
   Panel<T> panel;
-  T* out;   // [B, P]
-  T* rest;  // [2, B, P]: the maximum over the samples in raw units, log-sum-exp relative to it
+  T* out;      // [B, P]
+  T* max_lse;  // [2, B, P]: max over the samples in raw units, lse relative to it
   double* common;
 };
 
@@ -306,7 +307,7 @@ __global__ void __launch_bounds__(kThreads, Engine::kMinBlocks)
   if (blockIdx.x == 0 && threadIdx.x == 0) *a.common = *a.panel.base;
 
   // Of the column of thread c < kTile, carried while an image has more rows than a block.
-  T top = -T(INFINITY), sum = 0;
+  T max = -T(INFINITY), sum = 0;
   for (int part = 0; part < p.blocks_per_image; ++part) {
     load_rows(s, p, group * p.blocks_per_image + part);
     pair_products(p, a.panel, block, s);
@@ -324,10 +325,10 @@ __global__ void __launch_bounds__(kThreads, Engine::kMinBlocks)
     for (int i = threadIdx.x; i < p.images_per_block * kTile; i += kThreads) {
       const int slot = i / kTile, column = i % kTile;
       const int64_t image = int64_t(group) * p.images_per_block + slot, j = local + column;
-      const T previous = part > 0 ? top : -T(INFINITY);
-      top = previous;
-      for (int r = 0; r < size; ++r) top = std::fmax(top, s.num[slot * size + r][column]);
-      const T shift = as_shift(top);
+      const T previous = part > 0 ? max : -T(INFINITY);
+      max = previous;
+      for (int r = 0; r < size; ++r) max = std::fmax(max, s.num[slot * size + r][column]);
+      const T shift = as_shift(max);
       sum = part > 0 ? sum * std::exp2((previous - shift) * scale) : T(0);
       for (int r = 0; r < size; ++r) {
         sum += std::exp2((s.num[slot * size + r][column] - shift) * scale);
@@ -335,9 +336,9 @@ __global__ void __launch_bounds__(kThreads, Engine::kMinBlocks)
       if (part + 1 == p.blocks_per_image && image < p.B && j < a.panel.count) {
         const int64_t at = image * p.P + a.panel.first + j;
         const double log_sum = std::log(double(sum));
-        a.rest[at] = top;
-        a.rest[p.B * p.P + at] = T(log_sum);
-        a.out[at] = T(double(top) * inverse_t + (log_sum - std::log(double(p.N))));
+        a.max_lse[at] = max;
+        a.max_lse[p.B * p.P + at] = T(log_sum);
+        a.out[at] = T(double(max) * inverse_t + (log_sum - std::log(double(p.N))));
       }
     }
   }

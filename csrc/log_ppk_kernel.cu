@@ -53,7 +53,7 @@ Panel<T> chunk_panel(Panel<T> panel, const Plan<T>& plan, bool whole, int64_t P,
     panel.spread += panel.first * plan.pitch;
     panel.bias += panel.first;
     panel.inverse_scale += panel.first;
-    panel.bias_slope += panel.first;
+    panel.pull += panel.first;
   }
   return panel;
 }
@@ -145,7 +145,7 @@ int with_engines(const LogPpkSizes& s, const Plan<T>& plan, const F& f) {
 
 template <bool kProxyNca, typename T>
 int backward(const LogPpkSizes& s, const LogPpkInputs<T>& in, const T* grad, const double* partial,
-             const T* rest, const void* saved_bytes, void* scratch_bytes,
+             const T* max_lse, const void* saved_bytes, void* scratch_bytes,
              const LogPpkGradients<T>& out, void* stream) {
   if (s.images == 0) return 0;
   const Plan<T> plan = make_plan<T>(s);
@@ -153,7 +153,7 @@ int backward(const LogPpkSizes& s, const LogPpkInputs<T>& in, const T* grad, con
   a.p = make_problem(s, in, plan);
   a.grad = grad;
   a.partial = partial;
-  a.rest = rest;
+  a.max_lse = max_lse;
   const bool prepared = saved_bytes && plan.keep_panels;
   Arena arena(scratch_bytes);
   const BackwardScratch<T> scratch(plan, !prepared, s.samples * s.images * s.dim, arena);

@@ -40,7 +40,7 @@ struct Panel {
   double* bias;      // less log C_D(0)
   double* base;      // the bias of proxy 0, which all scores leave out
   T* inverse_scale;  // 1 / kbar
-  T* bias_slope;     // d bias / d|K mu| / |K mu|
+  T* pull;           // d bias / d|K mu| / |K mu|
   int64_t first;     // the proxy of row 0
   int64_t count;     // proxies
   int blocks;        // tiles
@@ -49,15 +49,15 @@ struct Panel {
 // What proxy-NCA's forward leaves for its backward; each may be null.
 template <typename T>
 struct SavedPairs {
-  Products<T>* own;   // [padded rows], with the own proxy; on tensor cores only
-  T* maxima;          // [proxy blocks, row blocks, images_per_block]
+  Products<T>* own;  // [padded rows], with the own proxy; on tensor cores only
+  T* max;            // [proxy blocks, row blocks, images_per_block]: of an image's scores in a tile
   Products<T>* kept;  // [proxy blocks, row blocks, kTile, kTile]
 };
 
 // What the blocks of a forward leave for each other.
 template <typename T>
 struct ForwardState {
-  T *top, *sum;       // [splits, padded rows], carried from chunk to chunk
+  T *max, *sum;       // [splits, padded rows], carried from chunk to chunk
   T* own_z;           // [padded rows]
   unsigned* tickets;  // one per group of row blocks that share images
 };
@@ -98,7 +98,7 @@ struct Plan {
   int tile;
   int images_per_block, blocks_per_image, row_blocks, blocks, pitch;  // `blocks` of proxies
   int64_t rows, proxies;                                              // padded to tiles
-  bool keep_maxima, keep_panels, keep_scores;
+  bool keep_max, keep_panels, keep_scores;
   int chunk, back_chunk;  // blocks of proxies that one launch takes, forward and backward
   int splits;             // of a forward chunk
   int back_splits;
@@ -125,7 +125,7 @@ struct Plan {
       if (yes) left -= bytes;
       return yes;
     };
-    keep_maxima = fits(maxima() * sizeof(T));
+    keep_max = fits(max_count() * sizeof(T));
     keep_panels = fits(proxy_bytes() * proxies);
     keep_scores = fits(2 * rows * proxies * sizeof(T));
 
@@ -139,7 +139,7 @@ struct Plan {
   }
 
   int64_t proxy_bytes() const { return 2 * pitch * sizeof(T) + sizeof(double) + 2 * sizeof(T); }
-  int64_t maxima() const { return int64_t(blocks) * row_blocks * images_per_block; }
+  int64_t max_count() const { return int64_t(blocks) * row_blocks * images_per_block; }
   int groups() const { return row_blocks / blocks_per_image; }  // of row blocks that share images
   bool slabs() const { return back_splits > 1 || back_chunk < blocks; }
 
@@ -151,7 +151,7 @@ struct Plan {
     panel.bias = arena.template take<double>(count);
     panel.base = arena.template take<double>(1);
     panel.inverse_scale = arena.template take<T>(count);
-    panel.bias_slope = arena.template take<T>(count);
+    panel.pull = arena.template take<T>(count);
     return panel;
   }
 };
@@ -164,7 +164,7 @@ struct Saved {
 
   Saved(const Plan<T>& plan, Arena& arena) {
     if (plan.tensor_cores) pairs.own = arena.template take<Products<T>>(plan.rows);
-    if (plan.keep_maxima) pairs.maxima = arena.template take<T>(plan.maxima());
+    if (plan.keep_max) pairs.max = arena.template take<T>(plan.max_count());
     if (plan.keep_panels) panel = plan.take_panel(plan.blocks, arena);
     if (plan.keep_scores) pairs.kept = arena.template take<Products<T>>(plan.rows * plan.proxies);
   }
@@ -177,7 +177,7 @@ struct ForwardScratch {
 
   ForwardScratch(const Plan<T>& plan, bool own_panel, Arena& arena) {
     if (own_panel) panel = plan.take_panel(plan.chunk, arena);
-    state.top = arena.template take<T>(plan.splits * plan.rows);
+    state.max = arena.template take<T>(plan.splits * plan.rows);
     state.sum = arena.template take<T>(plan.splits * plan.rows);
     state.own_z = arena.template take<T>(plan.rows);
     state.tickets = arena.template take<unsigned>(plan.groups());
