@@ -23,6 +23,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "log_ppk.h"
 #include "vmf_normalizer.h"
 
 #ifdef __CUDACC__
@@ -964,8 +965,7 @@ NIVMF_D bool tile_is_alive(S& s, const PairArgs<T>& a, int row_block, int block)
     const int slot = row_of<S::kTile>(p, row_block, threadIdx.x).slot;
     const T highest =
         a.maxima[(first / S::kTile * p.row_blocks + row_block) * p.images_per_block + slot];
-    const T bits = sizeof(T) == 4 ? T(-24) : T(-53);
-    const T bound = bits - std::log2(T(p.N) * T(p.P));
+    const T bound = dead_log2<T>(p.N, p.P);
     const bool dead = (highest - s.top[threadIdx.x]) * s.scale - s.rest[threadIdx.x] < bound;
     const int64_t label = s.label[threadIdx.x] - first;
     if (!dead || (label >= 0 && label < S::kTile)) s.flag = 1;  // NaN is alive
