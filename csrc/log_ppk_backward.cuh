@@ -60,8 +60,7 @@ NIVMF_D bool tile_is_alive(S& s, const PairArgs<T>& a, int row_block, int block)
     const int64_t first = a.panel.first + int64_t(block) * S::kTile;
     const int slot = row_of<S::kTile>(p, row_block, threadIdx.x).slot;
     const T max = a.saved.max[max_at(p, first / S::kTile, row_block, slot)];
-    const T bits = sizeof(T) == 4 ? T(-24) : T(-53);
-    const T bound = bits - std::log2(T(p.N) * T(p.P));
+    const T bound = dead_log2<T>(p.N, p.P);
     const bool dead = (max - s.max[threadIdx.x]) * s.scale - s.lse[threadIdx.x] < bound;
     const int64_t label = s.label[threadIdx.x] - first;
     if (!dead || (label >= 0 && label < S::kTile)) s.flag = 1;  // NaN is alive
