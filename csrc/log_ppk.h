@@ -8,7 +8,10 @@
 // and return 0. Results are the same bits every time.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
+
+#include "host_device.h"
 
 namespace nivmf {
 
@@ -43,6 +46,15 @@ template <typename T>
 struct LogPpkGradients {
   T *samples, *loc, *concentration, *temperature;
 };
+
+// log2 of the softmax weight below which a tile is dead: an image has N P weights that sum to 1,
+// and those below this bound sum to less than half an ulp of 1. As dead_log2 in
+// nivmf_fast/_schemas.py.
+template <typename T, typename Samples>
+NIVMF_HD T dead_log2(Samples n, int64_t proxies) {
+  constexpr T kHalfUlp = sizeof(T) == 4 ? -24 : -53;
+  return kHalfUlp - std::log2(T(n) * T(proxies));
+}
 
 // proxy_nca_saved, log_ppk_*_scratch_bytes: what the caller allocates, aligned to 256 bytes. Half
 // of CUDA's workspace bounds what is saved, half the scratch of one call; the scratch also holds

@@ -184,10 +184,7 @@ int proxy_nca_backward_cpu(const LogPpkSizes& sizes, const LogPpkInputs<T>& in, 
   Task<T> op(sizes, in);
   op.common = mean_bias(op, kPanel);
   const int64_t B = op.batch;
-  // Certified: all N P weights of an image below this share of its sum are together below its
-  // rounding.
-  const double least =
-      std::log(double(std::numeric_limits<T>::epsilon()) / 2 / (double(op.n) * double(op.proxies)));
+  const double least = double(dead_log2<T>(op.n, op.proxies)) / kLog2E;
   std::vector<Softmax<T>> images(B);
   for (int64_t i = 0; i < B; ++i) {
     const double top = partial[i] - op.common, own_top = partial[2 * B + i] - op.common;

@@ -18,18 +18,20 @@
 
 namespace nivmf {
 
+constexpr double kMaxConcentration = 1e18;  // k * k overflows float not much further out
+
 template <typename T>
 struct NormalizerAccuracy;  // terms J, the smallest order they serve, the other branches' ranges
 template <>
 struct NormalizerAccuracy<float> {
   static constexpr int kTerms = 4, kSmallestOrder = 12;
-  static constexpr float kLargeConcentration = 24, kTaylorLimit = 4e-3f, kHuge = 1e18f;
+  static constexpr float kLargeConcentration = 24, kTaylorLimit = 4e-3f;
   static int terms(int64_t dim) { return dim >= 512 ? 1 : dim >= 128 ? 2 : dim >= 48 ? 3 : kTerms; }
 };
 template <>
 struct NormalizerAccuracy<double> {
   static constexpr int kTerms = 13, kSmallestOrder = 16;
-  static constexpr double kLargeConcentration = 40, kTaylorLimit = 1e-4, kHuge = 1e150;
+  static constexpr double kLargeConcentration = 40, kTaylorLimit = 1e-4;
   static int terms(int64_t dim) {
     return dim >= 512 ? 5 : dim >= 128 ? 8 : dim >= 64 ? 10 : kTerms;
   }
@@ -131,7 +133,7 @@ struct DebyeValue {
 template <typename T>
 NIVMF_HD DebyeValue<T> debye(T k, const DebyeSeries<T>& series) {
   const T nu = series.order;
-  const T s = k > NormalizerAccuracy<T>::kHuge ? k : std::sqrt(nu * nu + k * k);
+  const T s = std::sqrt(nu * nu + k * k);
   const T inverse = 1 / s, t = nu * inverse, y = series.scale * inverse;
   T r = 0, dr = 0, ddr = 0;  // Horner for R(y), R'(y), R''(y) / 2
   for (int d = series.degree - 1; d >= 0; --d) {
@@ -154,12 +156,13 @@ NIVMF_HD DebyeValue<T> debye(T k, const DebyeSeries<T>& series) {
 
 }  // namespace detail
 
-// All five values at k; NaN unless 0 <= k < inf. What the caller leaves unused the compiler drops.
+// All five values at k; NaN unless 0 <= k <= kMaxConcentration. What the caller leaves unused the
+// compiler drops.
 template <typename T>
 NIVMF_HD LogNormalizer<T> log_normalizer(T k, const LogNormalizerPlan<T>& plan) {
   using Accuracy = NormalizerAccuracy<T>;
   LogNormalizer<T> out;
-  if (!(k >= 0 && k - k == 0)) {
+  if (!(k >= 0 && k <= T(kMaxConcentration))) {
     out.g = out.h = out.a = out.b = out.slope = T(NAN);
     return out;
   }

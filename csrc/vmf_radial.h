@@ -12,6 +12,7 @@
 
 #include "elementary.h"
 #include "philox.h"
+#include "vmf_normalizer.h"
 
 namespace nivmf {
 
@@ -20,7 +21,8 @@ constexpr int kAttempts = 64, kGammaRounds = 64;
 // A mean direction of this length before normalisation and this concentration make a distribution.
 template <typename T>
 NIVMF_HD bool is_distribution(T length, T concentration) {
-  return length > 0 && length - length == 0 && concentration >= 0 && concentration <= T(1e18);
+  return length > 0 && length - length == 0 && concentration >= 0 &&
+         concentration <= T(kMaxConcentration);
 }
 
 template <typename T>

@@ -129,6 +129,18 @@ def make_case(
     )
 
 
+class Plan(NamedTuple):
+    """What csrc/log_ppk_plan.h decides: sizes in proxies' blocks of `tile`, and bytes."""
+
+    tile: int
+    blocks: int
+    chunk: int
+    back_chunk: int
+    saved: int
+    forward: int
+    backward: int
+
+
 class Result(NamedTuple):
     losses: Tensor
     partial: Tensor
@@ -207,6 +219,14 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
         assert call("log_ppk_backward", inputs, *pointers, gradients) == 0
         return out
 
+    def plan(
+        *shape: int, options: Options, double: bool = False, tensor_cores: bool = True
+    ) -> Plan:
+        fields = (ctypes.c_int64 * len(Plan._fields))()
+        function = library.plan_f64 if double else library.plan_f32
+        function(ctypes.byref(Sizes(*shape, *options)), ctypes.c_bool(tensor_cores), fields)
+        return Plan(*fields)
+
     def both(case: Case, options: Options, grad: Tensor) -> Result:
         losses, partial, saved = proxy_nca(case, options)
         return Result(losses, partial, proxy_nca_backward(case, options, grad, partial, saved))
@@ -214,7 +234,7 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     return SimpleNamespace(
         proxy_nca=proxy_nca, proxy_nca_backward=proxy_nca_backward, both=both, log_ppk=log_ppk,
         log_ppk_backward=log_ppk_backward, launches=library.host_launches,
-        copies=library.host_copies, seed=library.host_seed,
+        copies=library.host_copies, seed=library.host_seed, plan=plan,
     )  # fmt: skip
 
 
@@ -310,6 +330,57 @@ def test_a_small_workspace_changes_nothing_but_rounding(
     torch.testing.assert_close(chunked.losses, whole.losses, rtol=1e-6, atol=1e-5)
     for a, b in zip(chunked.gradients, whole.gradients, strict=True):
         assert error(a, b.double()) < 2e-5
+
+
+def test_tensor_cores_take_float32_and_many_proxies(host: SimpleNamespace) -> None:
+    def tile(P: int, **device: bool) -> int:
+        found: int = host.plan(5, 112, P, 128, options=Options(), **device).tile
+        return found
+
+    assert tile(513) == 64
+    assert tile(512) == tile(513, double=True) == tile(513, tensor_cores=False) == 32
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_forward_of_11318_proxies_takes_three_launches(host: SimpleNamespace, keep: bool) -> None:
+    plan = host.plan(5, 112, 11318, 512, options=Options(keep=keep))
+    assert 1 + 2 * -(-plan.blocks // plan.chunk) == 3  # the own proxies; prepare and forward
+    assert plan.forward <= 1 << 28
+
+
+def test_a_chunk_of_a_million_proxies_fills_half_the_workspace(host: SimpleNamespace) -> None:
+    plan = host.plan(5, 112, 1_000_000, 512, options=Options(keep=False))
+    tile = 64 * (2 * 512 * 4 + 16)  # bytes: linear and spread, and 16 of scalars per proxy
+    assert plan.blocks == 15625
+    assert plan.chunk * tile <= 1 << 27 < (plan.chunk + 1) * tile
+    assert plan.saved == 10 * 64 * 8  # the products with the own proxy alone
+    assert plan.forward <= 1 << 28
+    assert plan.backward <= 1 << 28
+
+
+@pytest.mark.parametrize(("double", "tensor_cores"), [(False, True), (False, False), (True, False)])
+@pytest.mark.parametrize("shape", [(5, 112), (1, 1), (70, 16), (13, 3000)], ids=str)
+def test_memory_stays_within_the_workspace(
+    host: SimpleNamespace, shape: tuple[int, int], double: bool, tensor_cores: bool
+) -> None:
+    device, itemsize = {"double": double, "tensor_cores": tensor_cores}, 8 if double else 4
+    for P, D in itertools.product((1, 100, 513, 11318, 1_000_000), (2, 128, 512)):
+        for workspace in (1 << 26, 1 << 28, 1 << 30):
+            kept, least = (
+                host.plan(*shape, P, D, options=Options(workspace=workspace, keep=keep), **device)
+                for keep in (True, False)
+            )
+            half, state = workspace // 2, (1 << 21) + 64 * itemsize * math.prod(shape)
+            slabs = 16 * math.prod(shape) * D * itemsize
+            for plan in (kept, least):
+                assert 1 <= plan.chunk <= plan.blocks
+                assert 1 <= plan.back_chunk <= plan.blocks
+                assert plan.forward <= half + state
+            # Where panels are kept, log-PPK's backward still needs one of its own: at most a half.
+            assert kept.back_chunk == 1 or kept.backward <= workspace + slabs + state
+            assert least.back_chunk == 1 or least.backward <= half + slabs + state
+            assert kept.saved <= half + state
+            assert least.saved <= state
 
 
 def test_few_proxies_take_four_launches(host: SimpleNamespace) -> None:
