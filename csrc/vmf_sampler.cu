@@ -1,17 +1,8 @@
-// The vMF sampler on the GPU: one launch forward, one backward, no host synchronisation.
-//
-// Forward. What limits it is arithmetic, not memory: a normal costs some 60 instructions (a quarter
-// of a Philox block, half a logarithm, half a sine and cosine) for the 4 bytes it stores. So every
-// normal is made once and stays in registers: a group of 1 .. 32 lanes owns a sample, a lane holds
-// up to kQuads blocks of 4 normals, which are 16-byte stores with neighbouring lanes at
-// neighbouring addresses. Sums over the group are butterflies, so all its lanes hold the same bits
-// and walk the rejection loop together, each repeating the scalar arithmetic: no broadcast and no
-// divergence inside a group. Above 1024 dimensions a block owns a sample and the output row, which
-// stays in cache, is where the normals wait.
-//
-// Backward. It reads (grad, samples) and is limited by memory; a block owns an image, so both
-// passes over its rows (sums of every row, then the weighted sum of the rows) meet the second time
-// in cache, and every sum has one fixed order: no atomics.
+// The vMF sampler on the GPU: x = w mu + sqrt(1 - w^2) t, w by rejection from vmf_radial.h, t the
+// direction of normals across mu; backward: dw/dk from vmf_radial_gradient.h.
+// In and out as vmf_kernels.h says; called by registration_cuda.cpp. One launch each way: forward a
+// group of lanes, or beyond 1024 dimensions a block, owns a sample; backward a block owns an image.
+// No atomics, every sum has one order. docs/design/sampler.md says why.
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
