@@ -1,8 +1,8 @@
-// The vMF sampler: x = w mu + sqrt(1 - w^2) v for a unit vector v orthogonal to mu; one launch
-// forward, one backward. In: loc [B, D], concentration [B], a seed on the device; for the backward
-// a gradient and samples [N, B, D], one_minus_w [N, B]. Out: samples and one_minus_w; gradients of
-// loc and concentration. Called by registration_cuda.cpp through vmf_kernels.h.
-// Design: docs/design/sampler.md; derivation: docs/math.md, "The sampler".
+// The vMF sampler on the GPU: x = w mu + sqrt(1 - w^2) t, w by rejection from vmf_radial.h, t the
+// direction of normals across mu; backward: dw/dk from vmf_radial_gradient.h.
+// In and out as vmf_kernels.h says; called by registration_cuda.cpp. One launch each way: forward a
+// group of lanes, or beyond 1024 dimensions a block, owns a sample; backward a block owns an image.
+// No atomics, every sum has one order. docs/design/sampler.md says why.
 #include <algorithm>
 #include <cstdint>
 #include <cstring>

@@ -1,11 +1,8 @@
-// The vMF sampler on the CPU. The normals are the work (Philox, two logarithms, two sines and
-// cosines for every four), so their loop runs over kBlocks counters at a time in code that the
-// compiler vectorises: own polynomials, since libm's functions do not vectorise, and no branch. All
-// loops over dimensions run over whole groups of kGroup on zero-padded copies: a sum has one order,
-// and no element meets a remainder loop that might contract its multiply-adds differently, so a
-// sample has the same bits in any batch, split and number of threads. Rows go image by image, so
-// that a mean direction is normalised once per image and stays in cache, as do the normals: a
-// sample's row is written once and never read.
+// The vMF sampler on the CPU: x = w mu + sqrt(1 - w^2) t, w by rejection from vmf_radial.h, t the
+// direction of normals across mu; backward: dw/dk from vmf_radial_gradient.h.
+// In and out as vmf_kernels.h says; called by registration_cpu.cpp. Loops over dimensions run over
+// whole groups of kGroup on zero-padded copies, so that a sum has one order and a sample the same
+// bits in any batch, split and number of threads. docs/design/sampler.md says why.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
