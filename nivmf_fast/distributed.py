@@ -43,12 +43,15 @@ from nivmf_fast.losses import (
     EuclideanProxyLoss,
     KLVMFLoss,
     NivMFLoss,
-    ProxyLoss,
     VMFProductKernelLoss,
-    _Images,
     _NonIsotropicLoss,
+)
+from nivmf_fast.proxy_loss import (
+    ProxyLoss,
+    _Images,
     anchor_terms,
     directions_and_norms,
+    require_int,
 )
 
 BLOCK = 1 << 14  # classes, or images, that are handled at a time where it matters
@@ -310,8 +313,7 @@ class ClassParallelLoss(ProxyLoss):
         sparse_gradients: bool = False,
         **options: Any,
     ) -> None:
-        if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
-            raise ValueError(f"num_classes must be an int, at least 1; got {num_classes!r}")
+        require_int("num_classes", num_classes, 1)
         communication = _Group(group)
         classes = communication.slices_of(num_classes)[communication.rank]
         if options.get("form", "nca") != "nca":
@@ -352,34 +354,24 @@ class ClassParallelLoss(ProxyLoss):
         """T, whose gradient is summed over the processes: it stays the same in all."""
         return _Shared.apply(super().temperature, self.group)  # type: ignore[no-any-return]
 
-    def forward(
-        self,
-        embeddings: Tensor,
-        labels: Tensor,
-        *,
-        seed: int | Tensor | None = None,
-        image_offset: int = 0,
-    ) -> Tensor:
+    def _collect(
+        self, embeddings: Tensor, labels: Tensor, seed: int | Tensor | None, image_offset: int
+    ) -> tuple[_Images, Tensor]:
+        """Gather the images of all processes, and their global labels."""
         counts, seed, learns = self._meet(embeddings, labels, seed)
         loc, norm = directions_and_norms(embeddings)
         rows = torch.cat((loc, norm[:, None]), 1)
         # one without images may have no graph, but takes its part in the backward of the others
         rows = rows if rows.requires_grad else rows.requires_grad_(learns)
-        gathered = _Gather.apply(rows, counts, self.group)
-        labels = self.group.gather(labels, counts)
-        images = _Images(gathered[:, :-1], gathered[:, -1], seed, image_offset)
-        here = self._here(labels)
-        kept, own = self._subset(here, None if seed is None else seed + self.group.rank)
-        if self.classes:
-            losses = self._losses(images, own, kept)
-        else:  # no gradient of its own, but the same steps as the others
-            with torch.no_grad():
-                losses = self._losses(images, own, kept)
-            losses = losses + 0 * (gathered.sum() + self.temperature + self.proxies.sum())
-        total = losses.sum() / max(len(labels), 1)
-        if self.guidance_weight > 0:
-            total = total + self.guidance_weight * self._guidance(images.loc, here, labels)
-        return total
+        rows = _Gather.apply(rows, counts, self.group)
+        images = _Images(rows[:, :-1], rows[:, -1], seed, image_offset)
+        return images, self.group.gather(labels, counts)
+
+    def _draw_subset(
+        self, labels: Tensor, seed: int | Tensor | None
+    ) -> tuple[Tensor | None, Tensor]:
+        seed = None if seed is None else seed + self.group.rank  # every slice draws its own
+        return super()._draw_subset(self._here(labels), seed)
 
     def _meet(self, embeddings: Tensor, labels: Tensor, seed: int | Tensor | None) -> _Meeting:
         """Check what this process was given, and hear of the others."""
@@ -407,17 +399,25 @@ class ClassParallelLoss(ProxyLoss):
             partial[::2] = -torch.inf
         return self.group.combine(partial, lambda parts: combine_partials(parts, temperature))
 
-    def _losses(self, images: _Images, labels: Tensor, kept: Tensor | None) -> Tensor:
-        s = self._similarity(images, kept)
-        losses: Tensor = _CrossEntropy.apply(s, labels, self._combine)
+    def _losses(self, images: _Images, positive: Tensor, subset: Tensor | None) -> Tensor:
+        if self.classes:
+            return self._slice_losses(images, positive, subset)
+        with torch.no_grad():  # no gradient of its own, but the same steps as the others
+            losses = self._slice_losses(images, positive, subset)
+        nothing = images.loc.sum() + images.norm.sum() + self.temperature + self.proxies.sum()
+        return losses + 0 * nothing
+
+    def _slice_losses(self, images: _Images, positive: Tensor, subset: Tensor | None) -> Tensor:
+        """Per-image cross-entropy over all classes, [B], whose gradient is this slice's part."""
+        s = self._similarity(images, subset)
+        losses: Tensor = _CrossEntropy.apply(s, positive, self._combine)
         return losses
 
-    def _guidance(self, loc: Tensor, here: Tensor, labels: Tensor) -> Tensor:
+    def _guidance(self, loc: Tensor, labels: Tensor) -> Tensor:
         """ProxyAnchor on the directions: its sums over proxies are sums over the processes."""
-        with torch.autocast(loc.device.type, enabled=False):
-            cosine = loc @ self.directions.to(loc.dtype).T
-        own = here[:, None] == torch.arange(cosine.shape[1], device=here.device)
-        attract, repel = anchor_terms(cosine, own, self.guidance_alpha, self.guidance_delta, 0)
+        cosine = self._cosine(loc)
+        positive = self._here(labels)[:, None] == torch.arange(cosine.shape[1], device=loc.device)
+        attract, repel = anchor_terms(cosine, positive, self.guidance_alpha, self.guidance_delta, 0)
         present = max(labels.unique().numel(), 1)
         share = attract.sum() / present + repel.sum() / self.total_classes
         if not self.classes:
@@ -525,13 +525,13 @@ class ClassParallelLoss(ProxyLoss):
 
 
 class _NonIsotropicClassParallelLoss(ClassParallelLoss, _NonIsotropicLoss):
-    def _losses(self, images: _Images, labels: Tensor, kept: Tensor | None) -> Tensor:
+    def _slice_losses(self, images: _Images, positive: Tensor, subset: Tensor | None) -> Tensor:
         options = dict(self.kernel_options)
         if options.pop("temperature_outside"):
-            return super()._losses(images, labels, kept)
-        samples, proxies, T = self._samples(images), self._proxies(kept), self.temperature
+            return super()._slice_losses(images, positive, subset)
+        samples, proxies, T = self._samples(images), self._proxies(subset), self.temperature
         combine = functools.partial(self._combine, temperature=T.detach())
-        return proxy_nca_shard(samples, *proxies, labels, T, combine=combine, **options)
+        return proxy_nca_shard(samples, *proxies, positive, T, combine=combine, **options)
 
 
 class ClassParallelELNivMFLoss(_NonIsotropicClassParallelLoss, ELNivMFLoss):
@@ -562,6 +562,17 @@ class ClassParallelEuclideanProxyLoss(ClassParallelLoss, EuclideanProxyLoss):
 
 class ClassParallelCosineProxyLoss(ClassParallelLoss, CosineProxyLoss):
     """`CosineProxyLoss` with its classes spread over processes; see `ClassParallelLoss`."""
+
+
+# The form of each loss whose classes are spread over processes.
+CLASS_PARALLEL: dict[type[ProxyLoss], type[ClassParallelLoss]] = {
+    ELNivMFLoss: ClassParallelELNivMFLoss,
+    NivMFLoss: ClassParallelNivMFLoss,
+    VMFProductKernelLoss: ClassParallelVMFProductKernelLoss,
+    KLVMFLoss: ClassParallelKLVMFLoss,
+    EuclideanProxyLoss: ClassParallelEuclideanProxyLoss,
+    CosineProxyLoss: ClassParallelCosineProxyLoss,
+}
 
 
 def _drop_zero_rows(parameter: Tensor) -> None:

@@ -9,7 +9,12 @@ import torch
 from torch.distributions import kl_divergence
 
 import nivmf_fast
-from nivmf_fast import HypersphericalUniform, NonIsotropicVonMisesFisher, VonMisesFisher
+from nivmf_fast import (
+    HypersphericalUniform,
+    NonIsotropicVonMisesFisher,
+    VonMisesFisher,
+    distributed,
+)
 
 
 def unit(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -20,7 +25,8 @@ def unit(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
 
 def test_every_example_in_the_documentation_runs() -> None:
     torch.manual_seed(0)
-    modules = [nivmf_fast.distributions, nivmf_fast.functional, nivmf_fast.losses, nivmf_fast._ops]
+    modules = [nivmf_fast.distributions, nivmf_fast.functional, nivmf_fast._ops]
+    modules += [nivmf_fast.proxy_loss, nivmf_fast.losses, distributed]
     for module in modules:
         result = doctest.testmod(module, extraglobs={"torch": torch})
         assert result.attempted > 0
