@@ -284,24 +284,31 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 class ClassParallelLoss(ProxyLoss):
-    """What the class-parallel losses share: the slice, what is sent, checkpoints.
+    """Base of the class-parallel losses: a loss that holds one slice of the proxies.
+
+    A call takes this process's images, [b, D] and [b] global labels, of which there may be none,
+    and returns the mean loss of all B images of all processes. `seed` must be the same in all.
 
     Args:
-        num_classes: P of all processes together; a process may have none of them.
-        embedding_dim: D.
-        group: process group, by default all processes; without torch.distributed, one process.
-        sparse_gradients: gradients of the proxies hold only the rows that are not zero, which at
-            low temperatures are few. torch.optim.SGD without momentum then gives exactly what
-            dense gradients give. SparseAdam moves only proxies with a gradient, and keeps the
-            moments of the others as they are, where Adam would decay them and move on.
-        The rest: as in the loss of one process. The form "bindev" is not offered.
+        num_classes: P, of all processes together; a process may have none of them.
+        group: process group; None for all processes, or one without torch.distributed.
+        sparse_gradients: drop the rows of the proxies' gradients that are zero, at low T most of
+            them. SGD without momentum is unchanged. SparseAdam leaves proxies without a gradient
+            and their moments as they are, where Adam would decay the moments and move on.
+        embedding_dim, ...: as in the loss of one process. The form "bindev" is not offered.
 
-    Raises:
-        ValueError: as the loss of one process, or from a process outside the group.
-        RuntimeError: from a call when a process has ended; its number is in the message.
+    Attributes:
+        total_classes: P, the `num_classes` of the constructor.
+        classes: range of the classes of this process's slice.
+        num_classes: proxies held here, max(1, len(classes)). NOT the constructor's P.
 
-    A call takes this process's images, [b, D] and [b], of which there may be none, and gives the
-    mean loss of all B images in all processes. `seed` must be the same in all.
+    Raises: ValueError: as the loss of one process, or from a process outside the group.
+        RuntimeError: from a call when a process has ended; the message has its number.
+
+    Example:
+        >>> loss = ClassParallelCosineProxyLoss(9, 8)  # without torch.distributed: one process
+        >>> loss.total_classes, loss.classes
+        (9, range(0, 9))
     """
 
     def __init__(

@@ -96,7 +96,7 @@ class ProxyLoss(nn.Module):
     loss = mean_i (-s_i,y_i + log sum_j exp s_ij) + guidance_weight * ProxyAnchor(directions)
 
     Args:
-        num_classes: P. embedding_dim: D.
+        num_classes, embedding_dim: P and D.
         concentration: initial one of every proxy (in each dimension), and the length of the raw
             proxies; they are normalised on use, so longer ones turn more slowly.
         temperature: initial T > 0, learned unless `learn_temperature` is False.
@@ -105,8 +105,7 @@ class ProxyLoss(nn.Module):
         form: "nca", the cross-entropy above, or "bindev", `binomial_deviance` with
             `bindev_alpha`, `bindev_delta` and `bindev_axis`.
         negative_share: below 1, compare with the batch's classes and this share of the others,
-            drawn by the seed for all images alike: a biased estimate of the full loss. Guidance
-            always sees all.
+            drawn by the seed for all images alike: a biased estimate. Guidance sees all proxies.
 
     Raises: ValueError, TypeError: for bad options; a call, for bad shapes, labels or CPU values.
 
