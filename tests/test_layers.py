@@ -23,7 +23,7 @@ LIBRARY: dict[str, set[str]] = {
     "distributions": {"distributions", "functional", "special"},
     "proxy_loss": {"functional"},
     "losses": {"_schemas", "functional", "special", "proxy_loss"},
-    "distributed": {"functional", "losses", "proxy_loss"},
+    "distributed": {"distributed", "functional", "losses", "proxy_loss"},
     "__main__": {"_ops"},
 }
 LIBRARY["__init__"] = LIBRARY.keys() - {"__main__", "triton"}
@@ -134,6 +134,7 @@ def test_csrc_keeps_kernels_and_torch_apart(path: Path) -> None:
         ("nivmf_fast/distributions/kl.py", "from nivmf_fast import losses"),
         ("nivmf_fast/proxy_loss.py", "from nivmf_fast import losses"),
         ("nivmf_fast/losses.py", "from nivmf_fast import distributed"),
+        ("nivmf_fast/distributed/group.py", "from nivmf_fast import distributions"),
         ("nivmf_fast/losses.py", "import torch\ntorch.ops.nivmf_fast.vmf_rsample"),
         ("nivmf_fast/losses.py", "from torch import ops"),
         ("nivmf_fast/losses.py", "from torch.ops import nivmf_fast"),
