@@ -176,3 +176,15 @@ def seed_tensor(
     if not -(2**63) <= seed < 2**63:
         raise ValueError(f"seed must fit into 64 bits with sign; got {seed}")
     return torch.full((), seed, dtype=torch.int64, device=device)
+
+
+def require(name: str, value: object, ok: bool, rule: str) -> None:
+    """Raise a ValueError about the option unless it is ok."""
+    if not ok:
+        raise ValueError(f"{name} must be {rule}; got {value!r}")
+
+
+def require_int(name: str, value: object, least: int) -> None:
+    """Raise a ValueError unless the option is an int, at least that."""
+    ok = isinstance(value, int) and not isinstance(value, bool) and value >= least
+    require(name, value, ok, f"an int, at least {least}")

@@ -23,9 +23,10 @@ LIBRARY: dict[str, set[str]] = {
     "autograd": {"_partials", "special", "_ops"},
     "_checks": {"_schemas", "special"},
     "functional": {"_schemas", "_checks", "special", "reference", "autograd"},
-    "distributions": {"_checks", "special", "functional"},
-    "losses": {"_schemas", "_checks", "special", "functional", "distributions"},
-    "distributed": {"_checks", "_partials", "special", "functional", "distributions", "losses"},
+    "distributions": {"_checks", "special", "functional", "distributions"},
+    "proxy_loss": {"_checks", "functional"},
+    "losses": {"_schemas", "_checks", "special", "functional", "proxy_loss"},
+    "distributed": {"_checks", "_partials", "functional", "proxy_loss", "losses", "distributed"},
     "__main__": {"_backends"},
 }
 LIBRARY["__init__"] = LIBRARY.keys() - {"__main__", "triton"}
@@ -184,7 +185,10 @@ def test_the_options_travel_as_one_value(tmp_path: Path) -> None:
         ("nivmf_fast/autograd.py", "from nivmf_fast import reference"),
         ("nivmf_fast/functional.py", "from nivmf_fast.losses import ELNivMFLoss"),
         ("nivmf_fast/functional.py", "from nivmf_fast.triton import log_ppk"),
-        ("nivmf_fast/distributions.py", "from nivmf_fast import losses"),
+        ("nivmf_fast/distributions/kl.py", "from nivmf_fast import losses"),
+        ("nivmf_fast/proxy_loss.py", "from nivmf_fast import losses"),
+        ("nivmf_fast/losses.py", "from nivmf_fast import distributed"),
+        ("nivmf_fast/distributed/group.py", "from nivmf_fast import distributions"),
         ("nivmf_fast/losses.py", "import torch\ntorch.ops.nivmf_fast.vmf_rsample"),
         ("nivmf_fast/losses.py", "from torch import ops"),
         ("nivmf_fast/losses.py", "from torch.ops import nivmf_fast"),
@@ -229,6 +233,7 @@ def test_a_broken_rule_is_found(path: str, source: str) -> None:
         ),
         ("nivmf_fast/triton/log_ppk.py", "import triton.language as tl\nfrom . import vmf_sampler"),
         ("nivmf_fast/losses.py", "from nivmf_fast.functional import log_ppk"),
+        ("nivmf_fast/losses.py", "from nivmf_fast.proxy_loss import ProxyLoss"),
         ("train/loop.py", "import timm\nimport nivmf_fast\nprint(nivmf_fast.__version__)"),
     ],
 )
