@@ -12,7 +12,6 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -103,14 +102,22 @@ def _implemented(op: str, backend: str) -> bool:
     if backend in ("cpu", "cuda"):
         name = f"nivmf_kernels::{op}"
         return torch._C._dispatch_has_kernel_for_dispatch_key(name, backend.upper())
-    return hasattr(_triton(), op)
+    return op in _triton()
 
 
 @functools.cache
-def _triton() -> Any:
-    if importlib.util.find_spec("nivmf_fast.triton") is None:
-        return SimpleNamespace()
-    return importlib.import_module("nivmf_fast.triton")
+def _triton() -> dict[str, Callable[..., Any]]:
+    from nivmf_fast.triton import log_ppk, log_ppk_prepare, vmf_sampler, vmf_sampler_backward
+
+    return {
+        "vmf_rsample": vmf_sampler.vmf_rsample,
+        "vmf_rsample_backward": vmf_sampler_backward.vmf_rsample_backward,
+        "log_ppk": log_ppk.log_ppk,
+        "log_ppk_backward": log_ppk.log_ppk_backward,
+        "proxy_nca": log_ppk.proxy_nca,
+        "proxy_nca_backward": log_ppk.proxy_nca_backward,
+        "saved_like": log_ppk_prepare.saved_like,
+    }
 
 
 def which_backend(
@@ -198,7 +205,7 @@ def _implementation(op: str, backend: str) -> Callable[..., Any]:
     if backend == "reference":
         return functools.partial(_without_autocast, _REFERENCE[op])
     if backend == "triton":
-        return getattr(_triton(), op)  # type: ignore[no-any-return]
+        return _triton()[op]
     return getattr(torch.ops.nivmf_kernels, op).default  # type: ignore[no-any-return]
 
 
@@ -213,7 +220,7 @@ def _register(op: str) -> None:
         chosen = _choose(op, first.device.type, first.dtype, backend)
         if not op.startswith("vmf"):
             options = Options(*others[-5:])
-            others[-5:] = [options] if chosen == "reference" else _old(options)
+            others[-5:] = _old(options) if chosen in ("cpu", "cuda") else [options]
         return _implementation(op, chosen)(first, *others)
 
     _ops.impl(op, run, "CompositeExplicitAutograd")
@@ -258,7 +265,7 @@ def _(
     *options, backend = options_and_backend
     chosen = _choose("log_ppk", samples.device.type, samples.dtype, backend)
     values = samples.new_empty(samples.shape[1], loc.shape[0])
-    saved = _saved("log_ppk", chosen, samples, loc, *_old(Options(*options)))
+    saved = _saved("log_ppk", chosen, samples, loc, Options(*options))
     return values, saved, samples.new_empty((), dtype=torch.float64)
 
 
@@ -274,7 +281,7 @@ def _(
     B = samples.shape[1]
     *options, backend = options_and_backend
     chosen = _choose("proxy_nca", samples.device.type, samples.dtype, backend)
-    saved = _saved("proxy_nca", chosen, samples, loc, *_old(Options(*options)))
+    saved = _saved("proxy_nca", chosen, samples, loc, Options(*options))
     return samples.new_empty(B), samples.new_empty(4, B, dtype=torch.float64), saved
 
 
@@ -313,21 +320,13 @@ def _(
     return _gradients(samples, loc, concentration, temperature)
 
 
-def _saved(
-    op: str,
-    backend: str,
-    samples: Tensor,
-    loc: Tensor,
-    exact: bool,
-    projection: bool,
-    fast: bool,
-    workspace: int,
-) -> Tensor:
+def _saved(op: str, backend: str, samples: Tensor, loc: Tensor, options: Options) -> Tensor:
     """A tensor like the one that a backend saves for the backward; what is in it is its affair."""
     (N, B, D), P = samples.shape, loc.shape[0]
     if backend == "triton":
-        like: Tensor = _triton().saved_like(op, samples, loc, exact, projection, fast, workspace)
+        like: Tensor = _triton()["saved_like"](op, samples, loc, options)
         return like
+    *_, workspace = _old(options)
     if op == "log_ppk":
         return samples.new_empty(2, B, P)
     if backend == "cuda":
