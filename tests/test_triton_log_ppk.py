@@ -6,6 +6,7 @@ computed as on the GPU, but for the tensor cores' own rounding.
 """
 
 import importlib.util
+import itertools
 import os
 import re
 import subprocess
@@ -354,6 +355,74 @@ def test_skipping_dead_tiles_changes_nothing(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @runs
+def test_float64_skips_only_what_float64_cannot_hold() -> None:
+    """The second tile's proxies have weights near 1e-11: above 2^-53, below 2^-24 a logit."""
+    data = problem(1, 12, 64, 32, 1.0)
+    direction = torch.zeros(2, 32, dtype=torch.float64)
+    direction[0, 0], direction[1, :2] = 1, torch.tensor([-0.28, 0.96])
+    noise = torch.randn(64, 32, generator=torch.Generator().manual_seed(3)).double()
+    data["loc"] = unit(direction[torch.arange(64) // 32] + 0.01 * noise)
+    data["samples"] = unit(direction[:1] + 0.02 * data["samples"])
+    data["labels"] %= 32
+    found = check("proxy_nca", data, True, True, torch.float64)
+    grad = torch.rand(12, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    truth = reference_result("proxy_nca", typed(data, torch.float64), grad, True, True)
+    for name, f, t in zip(GRADIENTS[1:3], found[2:4], truth[2:4], strict=True):
+        assert 1e-12 < t[32:].abs().max() < 2.0**-24
+        assert relative(f[32:], t[32:]) <= 1e-12, name
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("shape", [(5, 112, 2048, 128), (10, 1024, 2048, 128)], ids=str)
+def test_scratch_stays_within_the_workspace(
+    keep: bool, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Planes of a chunk in half of it, maxima in a quarter, none if no backward follows."""
+    monkeypatch.setattr(log_ppk_prepare.Problem, "launch", staticmethod(lambda *_: None))
+    monkeypatch.setattr(log_ppk_prepare, "machine", lambda _: ("sm_80", 108, torch.bfloat16))
+    N, B, P, D = shape
+    x, loc, T = torch.rand(N, B, D), torch.rand(P, D), torch.ones(())
+    options = make_options(workspace=1 << 20, keep=keep)
+    for backward in (False, True):
+        p = log_ppk_prepare.Problem(x, loc, loc, T, options, nca=True, backward=backward)
+        one_tile = p.planes * p.wide * p.tile.proxies * 4  # of linear and spread, 2 bytes each
+        assert p.chunk == 1 or p.proxy_planes.nbytes <= options.workspace // 2
+        assert p.proxy_planes.nbytes == p.chunk * one_tile
+        if not backward:
+            assert 1 < p.chunk < p.tiles
+    _, _, saved = kernels.proxy_nca(x, loc, loc, torch.zeros(B, dtype=torch.int64), T, options)
+    maxima = log_ppk_prepare.view(saved, P, N * B, x.dtype).maxima
+    assert bool(maxima.numel()) == keep
+    assert maxima.nbytes <= options.workspace // 4
+
+
+@runs
+def test_chunks_may_end_amid_the_tiles_of_a_maximum() -> None:
+    data = typed(problem(2, 20, 200, 4, 0.1), torch.float32)
+    kept = []
+    for workspace in (1 << 28, 3 << 10):  # 7 chunks of one tile, of which 2 share a maximum
+        _, _, saved = kernels.proxy_nca(*inputs(data, True), make_options(workspace=workspace))
+        kept.append(log_ppk_prepare.view(saved, 200, 40, torch.float32).maxima.view(-1, 40))
+    fine, coarse = kept
+    assert len(fine) / len(coarse) == 7 / 4
+    padded = torch.cat([fine, fine[-1:]])
+    assert torch.equal(coarse, padded.view(4, 2, 40).amax(1))
+
+
+@runs
+@pytest.mark.parametrize("workspace", [1 << 12, 1 << 28])
+def test_the_loss_does_not_depend_on_whether_a_backward_follows(workspace: int) -> None:
+    data, grad = typed(problem(2, 20, 70, 24, 0.1), torch.float32), torch.ones(20)
+    kept, not_kept = (
+        kernel_result("proxy_nca", data, grad, workspace=workspace, keep=keep)
+        for keep in (True, False)
+    )
+    assert torch.equal(kept[0], not_kept[0])
+    for name, k, n in zip(GRADIENTS, kept[1:], not_kept[1:], strict=True):
+        assert relative(n, k) <= 1e-6, name
+
+
+@runs
 def test_bad_values_give_nan_for_their_image_alone() -> None:
     data = typed(problem(2, 8, 20, 5, 0.1), torch.float32)
     good = kernel_result("proxy_nca", data, torch.ones(8), True, True)
@@ -391,8 +460,8 @@ def test_an_empty_batch_has_gradients_of_zero(op: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_fake_kernels_know_what_is_saved(dtype: torch.dtype, workspace: int) -> None:
     data = typed(problem(2, 5, 70, 4, 0.3), dtype)
-    for op in ("proxy_nca", "log_ppk"):
-        options = make_options(workspace=workspace)
+    for op, keep in itertools.product(("proxy_nca", "log_ppk"), (True, False)):
+        options = make_options(workspace=workspace, keep=keep)
         saved = getattr(kernels, op)(*inputs(data, op == "proxy_nca"), options)
         like = log_ppk_prepare.saved_like(op, data["samples"], data["loc"], options)
         found = saved[-1] if op == "proxy_nca" else saved[1]

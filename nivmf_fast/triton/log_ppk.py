@@ -26,7 +26,7 @@ def proxy_nca(
     with torch.cuda.device_of(samples):
         p = Problem(samples, loc, concentration, temperature, options, nca=True, backward=False)
         R, B, P, D = p.R, p.B, p.P, p.D
-        buffer, saved = p.allocate(R, ceil_div(p.tiles, p.span) * R)
+        buffer, saved = p.allocate(R, options.keep * ceil_div(p.tiles, p.span) * R)
         losses = samples.new_empty(B)
         partial = samples.new_empty(4, B, dtype=torch.float64)
         if B == 0:
@@ -49,7 +49,7 @@ def proxy_nca(
                 nca_forward,
                 (p.blocks, splits),
                 (*p.score_arguments, saved.bias, saved.own, labels, temperature, *results, *sizes),
-                p.score_constants,
+                {**p.score_constants, "KEEP": options.keep},
                 p.tile,
             )
         p.launch(

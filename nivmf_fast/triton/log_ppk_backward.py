@@ -292,6 +292,7 @@ def backward(
     row_list = new(p.blocks, parts, p.chunk, dtype=torch.int32)
     row_count = new(p.blocks, parts, dtype=torch.int32)
     proxy_count = new(p.tiles, dtype=torch.int32)
+    known_maxima = nca and saved.maxima.numel() > 0  # else every tile is live
     span = span_of(p.tiles, R, 4 * saved.maxima.numel())  # the forward's, from what it saved
     x_plane, proxy_plane = p.rows * p.wide, p.width * p.wide
     product = {"SPREAD": p.spreads, "PLANES": p.grad_planes}
@@ -302,7 +303,7 @@ def backward(
         _plan_rows,
         (parts, p.blocks),
         (saved.maxima, labels, partial, saved.common, p.temperature, *plan, *sizes),
-        {"NCA": nca, "ROWS": tile.rows, "PROXIES": tile.proxies, "BLOCK": 32},
+        {"NCA": known_maxima, "ROWS": tile.rows, "PROXIES": tile.proxies, "BLOCK": 32},
     )
     arguments = live, proxy_list, proxy_count, p.blocks, p.tiles
     p.launch(_plan_proxies, (ceil_div(p.tiles, BLOCK),), arguments, {"BLOCK": BLOCK})

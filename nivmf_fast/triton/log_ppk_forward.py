@@ -58,9 +58,9 @@ def nca_forward(
     tops, sums, maxima, first_tile, last_tile, run, span, R, B, P, D, WIDE,
     EXACT: tl.constexpr, PROJECTION: tl.constexpr,
     PLANES: tl.constexpr, SPREAD_PLANES: tl.constexpr,
-    ROWS: tl.constexpr, PROXIES: tl.constexpr, DEPTH: tl.constexpr,
+    ROWS: tl.constexpr, PROXIES: tl.constexpr, DEPTH: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
-    """Carries maximum and sum on over `run` tiles of a chunk; the maxima of every `span` tiles."""
+    """Carry maximum and sum over `run` tiles of a chunk; if KEEP, maxima of every `span` tiles."""
     DTYPE: tl.constexpr = own.dtype.element_ty
     row0 = tl.program_id(0) * ROWS
     rows = row0 + tl.arange(0, ROWS)
@@ -71,8 +71,11 @@ def nca_forward(
     at = tl.program_id(1).to(tl.int64) * R + rows
     top = tl.load(tops + at, mask=mask & (first_tile > 0), other=-float("inf"))
     total = tl.load(sums + at, mask=mask & (first_tile > 0), other=0.0)
-    high = tl.full((ROWS,), -float("inf"), DTYPE)
     start = tl.program_id(1) * run
+    if KEEP:  # an earlier chunk may have begun the first `span` tiles
+        first = first_tile + start
+        high_at = maxima + tl.cast(first // span, tl.int64) * R + rows
+        high = tl.load(high_at, mask=mask & (first % span > 0), other=-float("inf"))
     for step in range(start, tl.minimum(start + run, last_tile - first_tile)):
         tile = first_tile + step
         z, _, _ = score_tile(
@@ -88,8 +91,9 @@ def nca_forward(
         total = total * tl.exp2((top - new) * rate)
         total += tl.sum(tl.exp2((z - new[:, None]) * rate), 1)
         top = new
-        high = tl.where(tile % span == 0, tile_top, tl.maximum(high, tile_top))
-        tl.store(maxima + tl.cast(tile // span, tl.int64) * R + rows, high, mask=mask)
+        if KEEP:
+            high = tl.where(tile % span == 0, tile_top, tl.maximum(high, tile_top))
+            tl.store(maxima + tl.cast(tile // span, tl.int64) * R + rows, high, mask=mask)
     tl.store(tops + at, top, mask=mask)
     tl.store(sums + at, total, mask=mask)
 

@@ -83,7 +83,7 @@ class Saved(NamedTuple):
     length: Tensor  # [P], |K mu|
     bias: Tensor  # [P], what does not depend on the sample, less common
     own: Tensor  # [R], scores at the own proxies;  log_ppk: tops [B P]
-    maxima: Tensor  # [.. R], of the tiles of each row;  log_ppk: rests [B P]
+    maxima: Tensor  # [.. R], of the tiles of each row, if kept;  log_ppk: rests [B P]
 
 
 def _scalars(P: int) -> int:
@@ -106,12 +106,17 @@ def _configuration(samples: Tensor, options: Options, nca: bool) -> tuple[str, T
     return mode, TILES[machine(samples.device)[0], key]
 
 
-def span_of(tiles: int, tile_bytes: int, workspace: int) -> int:
-    """Tiles that share a maximum: as few as keep these within a quarter of workspace."""
+def span_of(tiles: int, row_bytes: int, workspace: int) -> int:
+    """Tiles that share a maximum, a power of 2: as few as keep these in a quarter of workspace."""
     span = 1
-    while span < tiles and ceil_div(tiles, span) * tile_bytes > workspace // 4:
+    while span < tiles and ceil_div(tiles, span) * row_bytes > workspace // 4:
         span *= 2
     return span
+
+
+def _chunk_of(fitting: int, span: int) -> int:
+    """Tiles of a chunk, at most `fitting`: whole spans, or an equal part of one."""
+    return fitting // span * span or 1 << (fitting.bit_length() - 1)
 
 
 def saved_like(op: str, samples: Tensor, loc: Tensor, options: Options) -> Tensor:
@@ -120,7 +125,8 @@ def saved_like(op: str, samples: Tensor, loc: Tensor, options: Options) -> Tenso
     count = 2 * B * P
     if op == "proxy_nca":
         tiles = ceil_div(P, _configuration(samples, options, True)[1].proxies)
-        count = N * B * (1 + ceil_div(tiles, span_of(tiles, N * B * size, options.workspace)))
+        span = span_of(tiles, N * B * size, options.workspace)
+        count = N * B * (1 + options.keep * ceil_div(tiles, span))
     return samples.new_empty(_scalars(P) + count * size, dtype=torch.uint8)
 
 
@@ -162,8 +168,10 @@ class Problem:
         column = products * self.planes * self.wide * size
         column += products * self.grad_planes * self.rows * size * backward
         fitting = min(L2_BYTES, options.workspace // 2) // (column * self.tile.proxies)
-        self.span = span_of(self.tiles, self.R * self.dtype.itemsize, options.workspace)
-        self.chunk = min(self.tiles, max(1, fitting // self.span) * self.span)
+        self.span = 1  # tiles that share a maximum, where the forward keeps these
+        if nca and options.keep and not backward:
+            self.span = span_of(self.tiles, self.R * self.dtype.itemsize, options.workspace)
+        self.chunk = min(self.tiles, _chunk_of(max(1, fitting), self.span))
         self.width = self.chunk * self.tile.proxies
         self.samples_planes = self.empty_planes(self.planes, self.rows, self.wide)
         self.proxy_planes = self.empty_planes(self.planes, self.width, self.wide)
