@@ -138,6 +138,13 @@ def bad_call() -> tuple[Any, ...]:
     return loc, concentration, 3, SEED, 0
 
 
+def largest_call(dtype: torch.dtype) -> tuple[Any, ...]:
+    """The largest concentration, and the next number."""
+    largest = torch.full((2,), 1e18, dtype=dtype)
+    largest[1] = torch.nextafter(largest[1], largest.new_full((), math.inf))
+    return torch.eye(2, 5, dtype=dtype), largest, 3, SEED, 0
+
+
 def all_calls() -> dict[tuple[Any, ...], tuple[str, tuple[Any, ...]]]:
     """By key: the name of a function and its arguments."""
     forward, backward = "vmf_rsample", "vmf_rsample_backward"
@@ -169,6 +176,8 @@ def all_calls() -> dict[tuple[Any, ...], tuple[str, tuple[Any, ...]]]:
                 t[i:j] for t in arguments[3:]
             ]
             calls["gradient as shipped", D, i, j] = backward, tuple(parts)
+    for dtype in (torch.float32, torch.float64):
+        calls["largest", dtype] = forward, largest_call(dtype)
     calls["bad",] = forward, bad_call()
     draw = reference.vmf_rsample(*bad_call())
     calls["bad gradient",] = backward, (draw.samples, *draw[:2], *bad_call()[:2])
@@ -331,6 +340,14 @@ def test_a_bad_image_is_nan_and_leaves_the_others_alone(run: Any) -> None:
             result = result.movedim(images, 0)
             assert result[good].isfinite().all()
             assert result[bad].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+def test_the_largest_concentration_is_that_of_the_reference(run: Any, dtype: torch.dtype) -> None:
+    exact = reference.vmf_rsample(*largest_call(dtype))
+    for result, wanted in zip(run("largest", dtype), exact, strict=False):
+        assert torch.equal(result.isnan(), wanted.isnan())
+        assert wanted[:, 0].isfinite().all() and wanted[:, 1].isnan().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])

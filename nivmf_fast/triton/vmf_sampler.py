@@ -110,7 +110,8 @@ def _draw_radial(g, chi2, k, valid, sample, image, key0, key1, D: tl.constexpr):
 @triton.jit
 def check(length2, k):
     """Whether a loc of that squared length and k make a distribution; 1 / length and k, tame."""
-    valid = (length2 > 0) & (length2 < float("inf")) & (k >= 0) & (k <= 1e18)
+    largest = tl.full(k.shape, 1e18, k.dtype)  # a bare literal is compared as a float32
+    valid = (length2 > 0) & (length2 < float("inf")) & (k >= 0) & (k <= largest)
     return valid, 1 / tl.sqrt(tl.where(valid, length2, 1)), tl.where(valid, k, 0)
 
 
