@@ -187,11 +187,11 @@ class Triton(Backend):
 
     @functools.cached_property
     def _functions(self) -> dict[str, Callable[..., Any]]:
-        samplers = importlib.import_module("nivmf_fast.triton.vmf_sampler")
-        log_ppk = importlib.import_module("nivmf_fast.triton.log_ppk")
+        from nivmf_fast.triton import log_ppk, vmf_sampler, vmf_sampler_backward
+
         return {
-            "vmf_rsample": samplers.vmf_rsample,
-            "vmf_rsample_backward": samplers.vmf_rsample_backward,
+            "vmf_rsample": vmf_sampler.vmf_rsample,
+            "vmf_rsample_backward": vmf_sampler_backward.vmf_rsample_backward,
             "log_ppk": log_ppk.log_ppk,
             "log_ppk_backward": log_ppk.log_ppk_backward,
             "proxy_nca": log_ppk.proxy_nca,
@@ -202,20 +202,12 @@ class Triton(Backend):
         return op in self._functions
 
     def function(self, op: str) -> Callable[..., Any]:
-        function = self._functions[op]
-        if not takes_options(op):
-            return function
-        return _packed(op, lambda *args: function(*args[:-1], *self._old(args[-1])))
+        return _packed(op, self._functions[op])
 
     def saved_like(self, op: str, samples: Tensor, loc: Tensor, options: Options) -> Tensor:
-        log_ppk = importlib.import_module("nivmf_fast.triton.log_ppk")
-        like: Tensor = log_ppk.saved_like(op, samples, loc, *self._old(options))
-        return like
+        from nivmf_fast.triton import log_ppk_prepare
 
-    @staticmethod
-    def _old(options: Options) -> tuple[bool, bool, bool, int]:
-        exact, projection, precision, workspace, keep = options
-        return exact, projection, precision == 1, workspace if keep else 0
+        return log_ppk_prepare.saved_like(op, samples, loc, options)
 
     def runs_on(self, device: str) -> bool:
         return self._interpreted or super().runs_on(device)

@@ -10,7 +10,7 @@ import torch
 from torch import Generator, Tensor
 
 from nivmf_fast import special
-from nivmf_fast._schemas import NORMALIZERS, PRECISIONS
+from nivmf_fast._schemas import NORMALIZERS, PRECISIONS, Normalizer, Options, Precision
 
 
 def computable(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -75,6 +75,20 @@ def check_options(normalizer: str, precision: str, workspace: int | None) -> Non
         check_count("workspace", workspace, 1)
 
 
+def checked_options(
+    normalizer: Normalizer,
+    projection: bool,
+    precision: Precision,
+    workspace: int | None,
+    tensors: list[Tensor],
+) -> Options:
+    """The options of a call on `tensors`; scores are kept if one of them requires a gradient."""
+    check_options(normalizer, precision, workspace)
+    scratch = workspace or (256 if tensors[0].device.type == "cuda" else 64) << 20
+    keep = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    return Options(normalizer == "exact", projection, PRECISIONS.index(precision), scratch, keep)
+
+
 def check_proxies(
     samples: Tensor, loc: Tensor, concentration: Tensor, validate: bool | None
 ) -> None:
@@ -133,10 +147,10 @@ def temperature_tensor(temperature: float | Tensor, like: Tensor, validate: bool
     return torch.full((), temperature, dtype=computable(like)[0].dtype, device=like.device)
 
 
-def check_pairs(
+def checked_pairs(
     loc1: Tensor, concentration1: Tensor, loc2: Tensor, concentration2: Tensor, pairwise: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Check two sets of von Mises-Fisher distributions and return them in one type."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """1 - mu1 . mu2 of two sets of vMFs, and their concentrations in shapes that broadcast."""
     check_shape("loc1", loc1, "[B, D]", 2)
     B, D = loc1.shape
     special.check_dim(D)
@@ -146,13 +160,14 @@ def check_pairs(
     check_shape("concentration2", concentration2, f"[P] = [{P}]", 1, (P,))
     if not pairwise and B != P:
         raise ValueError(f"pairwise=False needs as many rows in both; got {B} and {P}")
-    check_same_device(
-        loc1=loc1, concentration1=concentration1, loc2=loc2, concentration2=concentration2
-    )
-    loc1, concentration1, loc2, concentration2 = computable(
-        loc1, concentration1, loc2, concentration2
-    )
-    return loc1, concentration1, loc2, concentration2
+    tensors = {"loc1": loc1, "concentration1": concentration1}
+    tensors |= {"loc2": loc2, "concentration2": concentration2}
+    check_same_device(**tensors)
+    loc1, k1, loc2, k2 = computable(*tensors.values())
+    with torch.autocast(loc1.device.type, enabled=False):
+        if pairwise:
+            return 1 - loc1 @ loc2.T, k1[:, None], k2
+        return (loc1 - loc2).square().sum(-1) / 2, k1, k2  # exact where the directions agree
 
 
 def seed_tensor(

@@ -10,23 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Generator, Tensor
 
-from nivmf_fast import autograd, reference, special
-from nivmf_fast._checks import (
-    check_all,
-    check_count,
-    check_floating,
-    check_labels,
-    check_options,
-    check_pairs,
-    check_proxies,
-    check_same_device,
-    check_shape,
-    checks_values,
-    computable,
-    seed_tensor,
-    temperature_tensor,
-)
-from nivmf_fast._schemas import PRECISIONS, Normalizer, Options, Precision
+from nivmf_fast import _checks, autograd, reference, special
+from nivmf_fast._schemas import Normalizer, Precision
 
 
 def vmf_log_normalizer(
@@ -82,9 +67,9 @@ def vmf_mean_resultant_length(concentration: Tensor, dim: int, *, backend: str =
 
 
 def _derivative(concentration: Tensor, dim: int, order: int, backend: str) -> Tensor:
-    check_floating("concentration", concentration)
+    _checks.check_floating("concentration", concentration)
     special.check_dim(dim)
-    k = computable(concentration)[0].contiguous()
+    k = _checks.computable(concentration)[0].contiguous()
     g: Tensor = torch.ops.nivmf_fast.vmf_log_normalizer(k, dim, order, backend)
     return g
 
@@ -109,10 +94,10 @@ def vmf_log_normalizer_difference(concentration: Tensor, other: Tensor, dim: int
         >>> vmf_log_normalizer_difference(torch.tensor(100.1), torch.tensor(100.0), 512)
         tensor(-0.0188)
     """
-    check_floating("concentration", concentration)
-    check_floating("other", other)
+    _checks.check_floating("concentration", concentration)
+    _checks.check_floating("other", other)
     special.check_dim(dim)
-    k, k0 = computable(concentration, other)
+    k, k0 = _checks.computable(concentration, other)
     return special.vmf_log_normalizer_difference(k, k0, dim)
 
 
@@ -155,24 +140,24 @@ def vmf_rsample(
         >>> vmf_rsample(loc, k, 5, seed=0).shape
         torch.Size([5, 2, 3])
     """
-    check_shape("loc", loc, "[B, D]", 2)
+    _checks.check_shape("loc", loc, "[B, D]", 2)
     B, D = loc.shape
     special.check_dim(D)
-    check_shape("concentration", concentration, f"[B] = [{B}]", 1, (B,))
-    check_count("n", n, 0)
-    check_count("image_offset", image_offset, 0, 2**32 - B)
-    check_same_device(loc=loc, concentration=concentration)
-    if checks_values(validate, loc):
-        check_all("loc", loc, loc.isfinite(), "finite")
-        check_all("loc", loc, (loc != 0).any(-1), "of nonzero length")
-        check_all("concentration", concentration, concentration >= 0, ">= 0")
-        check_all("concentration", concentration, concentration <= 1e18, "at most 1e18")
-    loc, concentration = computable(loc, concentration)
+    _checks.check_shape("concentration", concentration, f"[B] = [{B}]", 1, (B,))
+    _checks.check_count("n", n, 0)
+    _checks.check_count("image_offset", image_offset, 0, 2**32 - B)
+    _checks.check_same_device(loc=loc, concentration=concentration)
+    if _checks.checks_values(validate, loc):
+        _checks.check_all("loc", loc, loc.isfinite(), "finite")
+        _checks.check_all("loc", loc, (loc != 0).any(-1), "of nonzero length")
+        _checks.check_all("concentration", concentration, concentration >= 0, ">= 0")
+        _checks.check_all("concentration", concentration, concentration <= 1e18, "at most 1e18")
+    loc, concentration = _checks.computable(loc, concentration)
     samples: Tensor = torch.ops.nivmf_fast.vmf_rsample(
         loc.contiguous(),
         concentration.contiguous(),
         n,
-        seed_tensor(seed, generator, loc.device),
+        _checks.seed_tensor(seed, generator, loc.device),
         image_offset,
         backend,
     )[0]
@@ -225,21 +210,20 @@ def log_ppk(
         >>> log_ppk(x, torch.eye(3), torch.full((3, 3), 5.0)).argmax(1)
         tensor([0, 1, 2])
     """
-    check_options(normalizer, precision, workspace)
-    check_proxies(samples, loc, concentration, validate)
-    temperature = temperature_tensor(temperature, samples, validate)
-    samples, loc, concentration, temperature = computable(samples, loc, concentration, temperature)
+    _checks.check_proxies(samples, loc, concentration, validate)
+    temperature = _checks.temperature_tensor(temperature, samples, validate)
+    samples, loc, concentration, T = _checks.computable(samples, loc, concentration, temperature)
     if temperature_outside:  # no joint softmax, hence not fused
         with torch.autocast(samples.device.type, enabled=False):
             return reference.log_ppk(
-                samples, loc, concentration, temperature, normalizer, projection, True, constants
+                samples, loc, concentration, T, normalizer, projection, True, constants
             )
-    tensors = [t.contiguous() for t in (samples, loc, concentration, temperature)]
-    options = _options(normalizer, projection, precision, workspace, tensors)
+    tensors = [t.contiguous() for t in (samples, loc, concentration, T)]
+    options = _checks.checked_options(normalizer, projection, precision, workspace, tensors)
     s, _, common = torch.ops.nivmf_fast.log_ppk(*tensors, *options, backend)
     if constants:  # once, after the sum: in float32 they would drown it
         shared = special.log_uniform_density(samples.shape[-1]) + common
-        s = s + (shared / temperature.double()).to(s.dtype)
+        s = s + (shared / T.double()).to(s.dtype)
     values: Tensor = s
     return values
 
@@ -284,19 +268,18 @@ def proxy_nca(
         >>> bool((loss < 0.1).all())
         True
     """
-    check_options(normalizer, precision, workspace)
-    check_proxies(samples, loc, concentration, validate)
-    check_labels(labels, samples.shape[1], len(loc), validate)
-    check_same_device(samples=samples, labels=labels)
-    temperature = temperature_tensor(temperature, samples, validate)
-    samples, loc, concentration, temperature = computable(samples, loc, concentration, temperature)
+    _checks.check_proxies(samples, loc, concentration, validate)
+    _checks.check_labels(labels, samples.shape[1], len(loc), validate)
+    _checks.check_same_device(samples=samples, labels=labels)
+    temperature = _checks.temperature_tensor(temperature, samples, validate)
+    samples, loc, concentration, T = _checks.computable(samples, loc, concentration, temperature)
     if temperature_outside:
         with torch.autocast(samples.device.type, enabled=False):
             return reference.proxy_nca(
-                samples, loc, concentration, labels, temperature, normalizer, projection, True
+                samples, loc, concentration, labels, T, normalizer, projection, True
             )
-    tensors = [t.contiguous() for t in (samples, loc, concentration, labels, temperature)]
-    options = _options(normalizer, projection, precision, workspace, tensors)
+    tensors = [t.contiguous() for t in (samples, loc, concentration, labels, T)]
+    options = _checks.checked_options(normalizer, projection, precision, workspace, tensors)
     losses: Tensor = torch.ops.nivmf_fast.proxy_nca(*tensors, *options, backend)[0]
     return losses
 
@@ -332,12 +315,11 @@ def proxy_nca_shard(
     Raises:
         ValueError, TypeError: wrong shape, dtype or option. Values are not checked.
     """
-    check_options(normalizer, precision, workspace)
-    check_proxies(samples, loc, concentration, False)
-    temperature = temperature_tensor(temperature, samples, False)
-    samples, loc, concentration, temperature = computable(samples, loc, concentration, temperature)
-    tensors = [t.contiguous() for t in (samples, loc, concentration, labels, temperature)]
-    options = _options(normalizer, projection, precision, workspace, tensors)
+    _checks.check_proxies(samples, loc, concentration, False)
+    temperature = _checks.temperature_tensor(temperature, samples, False)
+    samples, loc, concentration, T = _checks.computable(samples, loc, concentration, temperature)
+    tensors = [t.contiguous() for t in (samples, loc, concentration, labels, T)]
+    options = _checks.checked_options(normalizer, projection, precision, workspace, tensors)
     losses: Tensor = autograd.ShardedProxyNCA.apply(*tensors, combine, (*options, backend))
     return losses
 
@@ -376,9 +358,8 @@ def vmf_log_ppk(
     """
     if not (isinstance(rho, (int, float)) and 0 < rho < math.inf):
         raise ValueError(f"rho must be a positive number; got {rho!r}")
-    args = check_pairs(loc1, concentration1, loc2, concentration2, pairwise)
-    ppk = reference.vmf_log_ppk(*_pairs(*args, pairwise), rho, loc1.shape[-1])
-    return ppk.to(args[0].dtype)
+    pairs = _checks.checked_pairs(loc1, concentration1, loc2, concentration2, pairwise)
+    return reference.vmf_log_ppk(*pairs, rho, loc1.shape[-1]).to(pairs[0].dtype)
 
 
 def vmf_kl(
@@ -411,27 +392,5 @@ def vmf_kl(
         >>> vmf_kl(loc, k, loc, k).diagonal()
         tensor([0., 0., 0.])
     """
-    args = check_pairs(loc1, concentration1, loc2, concentration2, pairwise)
-    return reference.vmf_kl(*_pairs(*args, pairwise), loc1.shape[-1]).to(args[0].dtype)
-
-
-def _options(
-    normalizer: Normalizer,
-    projection: bool,
-    precision: Precision,
-    workspace: int | None,
-    tensors: list[Tensor],
-) -> Options:
-    scratch = workspace or (256 if tensors[0].device.type == "cuda" else 64) << 20
-    keep = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    return Options(normalizer == "exact", projection, PRECISIONS.index(precision), scratch, keep)
-
-
-def _pairs(
-    loc1: Tensor, k1: Tensor, loc2: Tensor, k2: Tensor, pairwise: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """1 - mu1 . mu2 and the two concentrations, shaped to broadcast against it."""
-    with torch.autocast(loc1.device.type, enabled=False):
-        if pairwise:
-            return 1 - loc1 @ loc2.T, k1[:, None], k2
-        return (loc1 - loc2).square().sum(-1) / 2, k1, k2  # exact where the directions agree
+    pairs = _checks.checked_pairs(loc1, concentration1, loc2, concentration2, pairwise)
+    return reference.vmf_kl(*pairs, loc1.shape[-1]).to(pairs[0].dtype)

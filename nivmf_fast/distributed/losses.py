@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nivmf_fast._checks import check_labels, seed_tensor
+from nivmf_fast._checks import check_labels, require_int, seed_tensor
 from nivmf_fast._partials import combine_partials, loss_of_partial
 from nivmf_fast.distributed.checkpoint import _SlicedLoss
 from nivmf_fast.distributed.group import (
@@ -34,7 +34,6 @@ from nivmf_fast.proxy_loss import (
     _Images,
     anchor_terms,
     directions_and_norms,
-    require_int,
 )
 
 SEED_BLOCK = 1 << 14  # classes drawn from one seed: another number gives other proxies
