@@ -62,8 +62,8 @@ void forward_panel(const Task<T>& op, NcaForward<T>& out, int64_t p,
         op, panel, rows.data() + start, size, [&](int64_t i) { return out.labels[i]; }, block);
     for (int64_t r = 0; r < size; ++r) {
       const int64_t q = rows[start + r], image = q / op.N;
-      const T *const num = block.num.data() + r * kPanel, *const delta =
-                                                              block.delta.data() + r * kPanel;
+      const T* const num = block.num.data() + r * kPanel;
+      const T* const delta = block.delta.data() + r * kPanel;
       if (out.layout.scores) {
         std::copy_n(num, panel.lanes, kept + q * width);
         std::copy_n(delta, panel.lanes, kept + (total + q) * width);

@@ -109,8 +109,7 @@ NIVMF_INLINE void forward_rows(const Forward<T>& op, int64_t begin, int64_t end)
         lanes[l] += v[d + l] * mu[d + l];
       }
     }
-    const T rest =
-        sum_lanes(lanes);  // once more: at small D the rounding of the first pass is seen
+    const T rest = sum_lanes(lanes);  // once more: at small D the first pass's rounding is seen
     std::fill_n(lanes, kGroup, T(0));
     for (int64_t d = 0; d < size; d += kGroup) {
       for (int l = 0; l < kGroup; ++l) {
