@@ -109,8 +109,8 @@ NIVMF_HD NormalPair<T> fast_cos_sin(T u) {
   using Int = typename detail::Bits<T>::Int;
   const Int q = Int(4 * u + T(0.5));
   const T x = (4 * u - T(q)) * T(1.57079632679489661923), z = x * x;
-  const T sine = x + x * (z * detail::sin_cos_series<3>(z)),
-          cosine = 1 + z * detail::sin_cos_series<2>(z);
+  const T sine = x + x * (z * detail::sin_cos_series<3>(z));
+  const T cosine = 1 + z * detail::sin_cos_series<2>(z);
   const bool odd = q & 1;
   return {detail::negate_if(odd ? sine : cosine, (q + 1) & 2),
           detail::negate_if(odd ? cosine : sine, q & 2)};

@@ -36,7 +36,7 @@ struct BackwardJob {
   SavedLayout layout;
   const Softmax<T>* images;  // of proxy-NCA, with what its forward saved
   const T* saved;
-  const T* grad;  // of log-PPK, [batch, proxies], with what its forward saved
+  const T* grad;  // of log-PPK, [B, P], with what its forward saved
   const T* tops;
 };
 
@@ -109,7 +109,7 @@ NIVMF_CLONES void row_gradients(const Task<T>& op, const T* __restrict__ num,
                                 const T* __restrict__ delta, const T* __restrict__ weight,
                                 int64_t size, T* __restrict__ g1, T* __restrict__ g2,
                                 double* __restrict__ d_bias) {
-  const T inverse = T(1 / op.temperature), dim = op.exact ? T(op.dim) : T(0);
+  const T inverse = T(1 / op.temperature), dim = op.exact ? T(op.D) : T(0);
   for (int64_t j = 0; j < size; ++j) {
     g1[j] = weight[j] * inverse;
     d_bias[j] += double(g1[j]);
@@ -143,8 +143,8 @@ void backward_panel(const Task<T>& op, const BackwardJob<T>& job, int64_t p,
                     const std::vector<int64_t>& rows, char* reached, T* d_samples,
                     const Panel<T>& panel, Block<T>& block, GradientScratch<T>& out, T* d_linear,
                     T* d_spread) {
-  const int64_t width = job.layout.width, total = op.batch * op.n, count = rows.size();
-  const int64_t pairs = op.batch * op.proxies;
+  const int64_t width = job.layout.width, total = op.B * op.N, count = rows.size();
+  const int64_t pairs = op.B * op.P;
   std::fill_n(out.d_bias.data(), kPanel, 0.0);
   for (int64_t start = 0; start < count; start += kBlock) {
     const int64_t size = std::min(kBlock, count - start);
@@ -157,11 +157,11 @@ void backward_panel(const Task<T>& op, const BackwardJob<T>& job, int64_t p,
       }
     }
     for (int64_t r = 0; r < size; ++r) {
-      const int64_t q = rows[start + r], image = q / op.n;
+      const int64_t q = rows[start + r], image = q / op.N;
       const T* num = block.num.data() + r * kPanel;
       const T* delta = block.delta.data() + r * kPanel;
       if (job.layout.scores) {
-        num = job.saved + p * job.layout.columns + op.batch + q * width;
+        num = job.saved + p * job.layout.columns + op.B + q * width;
         delta = num + total * width;
       }
       T *const z = block.z.data(), *const weight = out.weight.data();
@@ -173,7 +173,7 @@ void backward_panel(const Task<T>& op, const BackwardJob<T>& job, int64_t p,
         out.d_temperature += nca_weights(softmax, z, panel.width, panel.lanes,
                                          softmax.label - panel.first, op.scale, least, weight);
       } else {
-        const int64_t at = image * op.proxies + panel.first;
+        const int64_t at = image * op.P + panel.first;
         out.d_temperature += ppk_weights(job.grad + at, job.tops + at, job.tops + pairs + at, z,
                                          panel.width, panel.lanes, op.scale, weight);
       }
@@ -181,7 +181,7 @@ void backward_panel(const Task<T>& op, const BackwardJob<T>& job, int64_t p,
                     out.g2.data() + r * kStride, out.d_bias.data());
     }
     for (int64_t r = 0; r < size; ++r) {
-      pack_row(op.samples + row_offset(op, rows[start + r]), r, size, op.dim, out.x.data(),
+      pack_row(op.samples + row_offset(op, rows[start + r]), r, size, op.D, out.x.data(),
                op.squares ? out.xx.data() : nullptr);
     }
     for (int64_t r = size; r % kTileRows != 0; ++r) {  // to a whole tile
@@ -210,7 +210,7 @@ void backward_panel(const Task<T>& op, const BackwardJob<T>& job, int64_t p,
     for (int64_t r = 0; r < size; ++r) {
       const int64_t q = rows[start + r], at = row_offset(op, q);
       row_gradient(op.samples + at, out.dx.data() + r * op.padded,
-                   op.squares ? out.dx2.data() + r * op.padded : nullptr, op.dim, reached[q] != 0,
+                   op.squares ? out.dx2.data() + r * op.padded : nullptr, op.D, reached[q] != 0,
                    d_samples + at);
       reached[q] = 1;
     }
@@ -222,12 +222,12 @@ template <typename T>
 NIVMF_CLONES void finish_proxy(const Task<T>& op, const Proxy& proxy, int64_t j,
                                const T* __restrict__ d_linear, const T* __restrict__ d_spread,
                                double d_bias, const LogPpkGradients<T>& out) {
-  const T *const kappa = op.concentration + j * op.dim, *const mu = op.loc + j * op.dim;
-  T* __restrict__ const d_mu = out.loc + j * op.dim;
-  T* __restrict__ const d_kappa = out.concentration + j * op.dim;
+  const T *const kappa = op.concentration + j * op.D, *const mu = op.loc + j * op.D;
+  T* __restrict__ const d_mu = out.loc + j * op.D;
+  T* __restrict__ const d_kappa = out.concentration + j * op.D;
   const double inverse = proxy.inverse_kbar, pull = d_bias * proxy.pull;
   const double power = op.projection ? 2 : 1;  // of kappa in linear
-  for (int64_t d = 0; d < op.dim; ++d) {
+  for (int64_t d = 0; d < op.D; ++d) {
     const double k = double(kappa[d]), m = double(mu[d]), linear = double(d_linear[d]);
     const double slope = op.projection ? linear * k * inverse : linear;
     d_mu[d] = T(k * (slope - pull * k * m));
@@ -257,10 +257,10 @@ int64_t slab_size(const Task<T>& op, const SavedLayout& layout) {
 // The tasks' parts of the gradients, to be added in their order.
 template <typename T>
 struct Parts {
-  std::vector<T*> d_samples;  // [panel_groups] x [n, batch, dim]
+  std::vector<T*> d_samples;  // [panel_groups] x [N, B, D]
   // For more than one row group: [row_groups, panels, a panel's whole tiles]
   std::unique_ptr<T[]> d_linear, d_spread;
-  std::vector<double> d_bias;         // [row_groups, proxies]
+  std::vector<double> d_bias;         // [row_groups, P]
   std::vector<double> d_temperature;  // [row_groups, panel_groups]
 };
 
@@ -280,9 +280,9 @@ void backward_task(const Task<T>& op, const BackwardJob<T>& job, const Cut& cuts
   for (int64_t p = begin; p < end; ++p) {
     live.clear();
     std::copy_if(rows.begin(), rows.end(), std::back_inserter(live),
-                 [&](int64_t q) { return alive(op, job, p, q / op.n); });
+                 [&](int64_t q) { return alive(op, job, p, q / op.N); });
     const int64_t first = p * job.layout.width;
-    const int64_t last = std::min(op.proxies, first + job.layout.width);
+    const int64_t last = std::min(op.P, first + job.layout.width);
     const bool alone = cuts.row_groups == 1;
     const int64_t at = alone ? 0 : (row_group * job.layout.panels + p) * slab;
     T* const d_linear = (alone ? scratch.d_linear.data() : parts.d_linear.get()) + at;
@@ -290,8 +290,8 @@ void backward_task(const Task<T>& op, const BackwardJob<T>& job, const Cut& cuts
         !op.squares ? nullptr : (alone ? scratch.d_spread.data() : parts.d_spread.get()) + at;
     if (live.empty()) {
       if (alone) {
-        std::fill_n(out.loc + first * op.dim, (last - first) * op.dim, T(0));
-        std::fill_n(out.concentration + first * op.dim, (last - first) * op.dim, T(0));
+        std::fill_n(out.loc + first * op.D, (last - first) * op.D, T(0));
+        std::fill_n(out.concentration + first * op.D, (last - first) * op.D, T(0));
       } else {
         std::fill_n(d_linear, slab, T(0));
         if (op.squares) std::fill_n(d_spread, slab, T(0));
@@ -309,11 +309,11 @@ void backward_task(const Task<T>& op, const BackwardJob<T>& job, const Cut& cuts
       }
     } else {
       std::copy_n(scratch.d_bias.data(), last - first,
-                  parts.d_bias.data() + row_group * op.proxies + first);
+                  parts.d_bias.data() + row_group * op.P + first);
     }
   }
   for (const int64_t q : rows) {
-    if (!reached[q - rows[0]]) std::fill_n(d_samples + row_offset(op, q), op.dim, T(0));
+    if (!reached[q - rows[0]]) std::fill_n(d_samples + row_offset(op, q), op.D, T(0));
   }
   parts.d_temperature[task] = scratch.d_temperature;
 }
@@ -321,7 +321,7 @@ void backward_task(const Task<T>& op, const BackwardJob<T>& job, const Cut& cuts
 template <typename T>
 void backward(const Task<T>& op, const BackwardJob<T>& job, const LogPpkGradients<T>& out) {
   const Cut cuts = cut(op, job.layout.panels);
-  const int64_t size = op.n * op.batch * op.dim, slab = slab_size(op, job.layout);
+  const int64_t size = op.N * op.B * op.D, slab = slab_size(op, job.layout);
   const int64_t plane = job.layout.panels * slab;
   const bool alone = cuts.row_groups == 1;
   const auto uninitialised = [](int64_t count) { return std::unique_ptr<T[]>(new T[count]); };
@@ -329,7 +329,7 @@ void backward(const Task<T>& op, const BackwardJob<T>& job, const LogPpkGradient
   Parts<T> parts = {{out.samples},
                     uninitialised(alone ? 0 : cuts.row_groups * plane),
                     uninitialised(alone || !op.squares ? 0 : cuts.row_groups * plane),
-                    std::vector<double>(alone ? 0 : cuts.row_groups * op.proxies),
+                    std::vector<double>(alone ? 0 : cuts.row_groups * op.P),
                     std::vector<double>(cuts.tasks())};
   for (int64_t g = 1; g < cuts.panel_groups; ++g) {
     parts.d_samples.push_back(slabs.get() + (g - 1) * size);
@@ -344,16 +344,16 @@ void backward(const Task<T>& op, const BackwardJob<T>& job, const LogPpkGradient
     }
   });
   if (!alone) {
-    parallel_for(0, op.proxies, 16, [&](int64_t begin, int64_t end) {
+    parallel_for(0, op.P, 16, [&](int64_t begin, int64_t end) {
       for (int64_t j = begin; j < end; ++j) {
         const int64_t p = j / job.layout.width, in_panel = j % job.layout.width;
         T* const d_linear = parts.d_linear.get() + p * slab + in_panel * op.padded;
         T* const d_spread =
             op.squares ? parts.d_spread.get() + p * slab + in_panel * op.padded : nullptr;
         for (int64_t g = 1; g < cuts.row_groups; ++g) {
-          add(d_linear, d_linear + g * plane, op.dim);
-          if (op.squares) add(d_spread, d_spread + g * plane, op.dim);
-          parts.d_bias[j] += parts.d_bias[g * op.proxies + j];
+          add(d_linear, d_linear + g * plane, op.D);
+          if (op.squares) add(d_spread, d_spread + g * plane, op.D);
+          parts.d_bias[j] += parts.d_bias[g * op.P + j];
         }
         finish_proxy(op, panels.shared(p).proxy[in_panel], j, d_linear, d_spread, parts.d_bias[j],
                      out);

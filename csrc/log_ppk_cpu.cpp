@@ -43,17 +43,17 @@ struct NcaForward {
   const int64_t* labels;
   SavedLayout layout;
   T* saved;
-  std::vector<T> own;            // [batch, n], scores against the own proxy
-  std::vector<LogSum> by_panel;  // [panels, batch]
+  std::vector<T> own;            // [B, N], scores against the own proxy
+  std::vector<LogSum> by_panel;  // [panels, B]
 };
 
 template <typename T>
 void forward_panel(const Task<T>& op, NcaForward<T>& out, int64_t p,
                    const std::vector<int64_t>& rows, const Panel<T>& panel, Block<T>& block) {
-  const int64_t width = out.layout.width, total = op.batch * op.n, count = rows.size();
+  const int64_t width = out.layout.width, total = op.B * op.N, count = rows.size();
   T* const tops = out.saved + p * out.layout.columns;
-  T* const kept = tops + op.batch;
-  LogSum* const images = out.by_panel.data() + p * op.batch;
+  T* const kept = tops + op.B;
+  LogSum* const images = out.by_panel.data() + p * op.B;
   for (int64_t start = 0; start < count; start += kBlock) {
     const int64_t size = std::min(kBlock, count - start);
     load(op, rows.data() + start, size, block);
@@ -61,9 +61,9 @@ void forward_panel(const Task<T>& op, NcaForward<T>& out, int64_t p,
     sharpen_own(
         op, panel, rows.data() + start, size, [&](int64_t i) { return out.labels[i]; }, block);
     for (int64_t r = 0; r < size; ++r) {
-      const int64_t q = rows[start + r], image = q / op.n;
-      const T *const num = block.num.data() + r * kPanel, *const delta =
-                                                              block.delta.data() + r * kPanel;
+      const int64_t q = rows[start + r], image = q / op.N;
+      const T* const num = block.num.data() + r * kPanel;
+      const T* const delta = block.delta.data() + r * kPanel;
       if (out.layout.scores) {
         std::copy_n(num, panel.lanes, kept + q * width);
         std::copy_n(delta, panel.lanes, kept + (total + q) * width);
@@ -83,9 +83,9 @@ void forward_panel(const Task<T>& op, NcaForward<T>& out, int64_t p,
 template <typename T>
 struct PpkForward {
   int64_t width;
-  T* values;  // [batch, proxies]
-  T* tops;    // [batch, proxies]
-  T* rests;   // [batch, proxies]
+  T* values;  // [B, P]
+  T* tops;    // [B, P]
+  T* rests;   // [B, P]
 };
 
 // One more sample into the log sums of an image.
@@ -109,7 +109,7 @@ void ppk_panel(const Task<T>& op, const PpkForward<T>& out, int64_t p,
     load(op, rows.data() + start, size, block);
     score(op, panel, size, block);
     for (int64_t r = 0; r < size; ++r) {
-      const int64_t q = rows[start + r], sample = q % op.n;
+      const int64_t q = rows[start + r], sample = q % op.N;
       if (sample == 0) {
         std::fill_n(top.data(), kPanel, T(-INFINITY));
         std::fill_n(sum.data(), kPanel, T(0));
@@ -117,13 +117,13 @@ void ppk_panel(const Task<T>& op, const PpkForward<T>& out, int64_t p,
       row_scores(op, block.num.data() + r * kPanel, block.delta.data() + r * kPanel,
                  panel.bias.data(), panel.lanes, block.z.data());
       add_sample(block.z.data(), panel.lanes, op.scale, top.data(), sum.data());
-      if (sample < op.n - 1) continue;
+      if (sample < op.N - 1) continue;
       for (int64_t j = 0; j < panel.width; ++j) {
-        const int64_t at = q / op.n * op.proxies + panel.first + j;
+        const int64_t at = q / op.N * op.P + panel.first + j;
         const double rest = std::log(double(sum[j]));
         out.tops[at] = top[j];
         out.rests[at] = T(rest);
-        out.values[at] = T(double(top[j]) / op.temperature + rest - std::log(double(op.n)));
+        out.values[at] = T(double(top[j]) / op.temperature + rest - std::log(double(op.N)));
       }
     }
   }
@@ -152,7 +152,7 @@ int proxy_nca_cpu(const LogPpkSizes& sizes, const LogPpkInputs<T>& in, T* losses
                   void* saved, void*, void*) {
   Task<T> op(sizes, in);
   op.common = mean_bias(op, kPanel);
-  const int64_t B = op.batch, N = op.n;
+  const int64_t B = op.B, N = op.N;
   const int64_t* const labels = in.labels;
   const SavedLayout layout = saved_layout<T>(sizes);
   NcaForward<T> out = {labels, layout, static_cast<T*>(saved), std::vector<T>(B * N),
@@ -163,7 +163,7 @@ int proxy_nca_cpu(const LogPpkSizes& sizes, const LogPpkInputs<T>& in, T* losses
   for (int64_t i = 0; i < B; ++i) {
     LogSum all, mine;
     for (int64_t p = 0; p < layout.panels; ++p) all.add(out.by_panel[p * B + i], op.temperature);
-    const bool known = labels[i] >= 0 && labels[i] < op.proxies;
+    const bool known = labels[i] >= 0 && labels[i] < op.P;
     for (int64_t s = 0; known && s < N; ++s) {
       mine.add({double(out.own[i * N + s]), 1}, op.temperature);
     }
@@ -183,8 +183,8 @@ int proxy_nca_backward_cpu(const LogPpkSizes& sizes, const LogPpkInputs<T>& in, 
                            const LogPpkGradients<T>& out, void*) {
   Task<T> op(sizes, in);
   op.common = mean_bias(op, kPanel);
-  const int64_t B = op.batch;
-  const double least = double(dead_log2<T>(op.n, op.proxies)) / kLog2E;
+  const int64_t B = op.B;
+  const double least = double(dead_log2<T>(op.N, op.P)) / kLog2E;
   std::vector<Softmax<T>> images(B);
   for (int64_t i = 0; i < B; ++i) {
     const double top = partial[i] - op.common, own_top = partial[2 * B + i] - op.common;
@@ -204,9 +204,9 @@ template <typename T>
 int log_ppk_cpu(const LogPpkSizes& sizes, const LogPpkInputs<T>& in, T* values, T* saved,
                 double* common, void*, void*) {
   Task<T> op(sizes, in);
-  *common = op.common = mean_bias(op, op.proxies);
-  const SavedLayout layout = without_scores(op.proxies);
-  const PpkForward<T> out = {layout.width, values, saved, saved + op.batch * op.proxies};
+  *common = op.common = mean_bias(op, op.P);
+  const SavedLayout layout = without_scores(op.P);
+  const PpkForward<T> out = {layout.width, values, saved, saved + op.B * op.P};
   for_each_panel(op, layout,
                  [&](int64_t p, const std::vector<int64_t>& rows, const Panel<T>& panel,
                      Block<T>& block) { ppk_panel(op, out, p, rows, panel, block); });
@@ -217,8 +217,8 @@ template <typename T>
 int log_ppk_backward_cpu(const LogPpkSizes& sizes, const LogPpkInputs<T>& in, const T* grad,
                          const T* saved, void*, const LogPpkGradients<T>& out, void*) {
   Task<T> op(sizes, in);
-  op.common = mean_bias(op, op.proxies);
-  backward(op, {without_scores(op.proxies), nullptr, nullptr, grad, saved}, out);
+  op.common = mean_bias(op, op.P);
+  backward(op, {without_scores(op.P), nullptr, nullptr, grad, saved}, out);
   return 0;
 }
 

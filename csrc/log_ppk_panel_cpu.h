@@ -29,13 +29,13 @@ constexpr double kLog2E = 1.44269504088896340736;
 template <typename T>
 struct Task {  // the op and what all its parts share
   const T *samples, *loc, *concentration;
-  int64_t n, batch, proxies, dim;
+  int64_t N, B, P, D;
   double temperature;
   bool exact, projection;
   int64_t workspace;
   LogNormalizerPlan<double> plan;
   double common;  // taken off all biases, so that the scores are small numbers; any number is right
-  int64_t padded;  // dim, to whole lanes
+  int64_t padded;  // D, to whole lanes
   bool squares;    // delta is needed
   T scale;         // log2 e / T
 
@@ -43,17 +43,17 @@ struct Task {  // the op and what all its parts share
       : samples(in.samples),
         loc(in.loc),
         concentration(in.concentration),
-        n(sizes.samples),
-        batch(sizes.images),
-        proxies(sizes.proxies),
-        dim(sizes.dim),
+        N(sizes.samples),
+        B(sizes.images),
+        P(sizes.proxies),
+        D(sizes.dim),
         temperature(double(*in.temperature)),
         exact(sizes.options.exact),
         projection(sizes.options.projection),
         workspace(sizes.options.workspace),
-        plan(make_log_normalizer_plan<double>(dim)),
+        plan(make_log_normalizer_plan<double>(D)),
         common(0),
-        padded(round_up(dim, kLanes<T>)),
+        padded(round_up(D, kLanes<T>)),
         squares(projection || exact) {
     if (!(temperature > 0)) temperature = NAN;
     scale = T(kLog2E / temperature);
@@ -107,8 +107,8 @@ NIVMF_CLONES void load_proxy(const T* kappa_row, const T* mu_row, int64_t dim, P
 
 template <typename T>
 Proxy describe(const Task<T>& op, int64_t j, ProxyRow& row) {
-  load_proxy(op.concentration + j * op.dim, op.loc + j * op.dim, op.dim, row);
-  const double length = std::sqrt(row.square_sum), dim = double(op.dim);
+  load_proxy(op.concentration + j * op.D, op.loc + j * op.D, op.D, row);
+  const double length = std::sqrt(row.square_sum), dim = double(op.D);
   const LogNormalizer<double> normalizer = log_normalizer(length, op.plan);
   Proxy out = {std::exp(-row.log_sum / dim), normalizer.g,
                length > 0 ? normalizer.a / length : 1 / dim};
@@ -125,11 +125,11 @@ NIVMF_CLONES void round_proxy(const Task<T>& op, const ProxyRow& row, double inv
                               T* __restrict__ linear, T* __restrict__ spread) {
   const double *const kappa = row.kappa.data(), *const mu = row.mu.data();
   if (op.projection) {
-    for (int64_t d = 0; d < op.dim; ++d) linear[d] = T(kappa[d] * inverse_kbar * kappa[d] * mu[d]);
+    for (int64_t d = 0; d < op.D; ++d) linear[d] = T(kappa[d] * inverse_kbar * kappa[d] * mu[d]);
   } else {
-    for (int64_t d = 0; d < op.dim; ++d) linear[d] = T(kappa[d] * mu[d]);
+    for (int64_t d = 0; d < op.D; ++d) linear[d] = T(kappa[d] * mu[d]);
   }
-  for (int64_t d = 0; d < op.dim; ++d) {
+  for (int64_t d = 0; d < op.D; ++d) {
     const double ratio = kappa[d] * inverse_kbar;
     spread[d] = T(ratio * ratio - 1);
   }
@@ -172,18 +172,18 @@ NIVMF_CLONES void place(const T* __restrict__ row, int64_t j, int64_t dim, int64
 template <typename T>
 void prepare(const Task<T>& op, int64_t first, int64_t width, Panel<T>& panel) {
   panel.first = first;
-  panel.width = std::min(width, op.proxies - first);
+  panel.width = std::min(width, op.P - first);
   panel.lanes = round_up(panel.width, kLanes<T>);
   parallel_for(0, panel.width, 16, [&](int64_t begin, int64_t end) {
-    ProxyRow row(op.dim);
+    ProxyRow row(op.D);
     Buffer<T> linear(op.padded), spread(op.padded);
     for (int64_t j = begin; j < end; ++j) {
       const Proxy proxy = panel.proxy[j] = describe(op, first + j, row);
       panel.bias[j] = T(proxy.bias - op.common);
       round_proxy(op, row, proxy.inverse_kbar, linear.data(), spread.data());
-      place(linear.data(), j, op.dim, panel.width, panel.linear.data(), panel.linear_rows.data());
+      place(linear.data(), j, op.D, panel.width, panel.linear.data(), panel.linear_rows.data());
       if (op.squares) {
-        place(spread.data(), j, op.dim, panel.width, panel.spread.data(), panel.spread_rows.data());
+        place(spread.data(), j, op.D, panel.width, panel.spread.data(), panel.spread_rows.data());
       }
     }
   });
@@ -193,9 +193,9 @@ void prepare(const Task<T>& op, int64_t first, int64_t width, Panel<T>& panel) {
 // Mean bias of the first proxies.
 template <typename T>
 double mean_bias(const Task<T>& op, int64_t count) {
-  std::vector<double> bias(std::min(op.proxies, count));
+  std::vector<double> bias(std::min(op.P, count));
   parallel_for(0, int64_t(bias.size()), 32, [&](int64_t begin, int64_t end) {
-    ProxyRow row(op.dim);
+    ProxyRow row(op.D);
     for (int64_t j = begin; j < end; ++j) bias[j] = describe(op, j, row).bias;
   });
   double sum = 0;
@@ -207,7 +207,7 @@ double mean_bias(const Task<T>& op, int64_t count) {
 
 // `saved` of the proxy-NCA ops is [panels, columns]: per panel of `width` proxies each image's
 // largest score and, if `scores`, of every row (image, sample) the two products that make its
-// scores, [2, batch * n, width].
+// scores, [2, B * N, width].
 struct SavedLayout {
   int64_t width, panels, columns;
   bool scores;
@@ -239,14 +239,14 @@ struct Cut {
 
 template <typename T>
 Cut cut(const Task<T>& op, int64_t panels) {
-  const int64_t rows = op.n * op.batch, budget = op.workspace / 8 / int64_t(sizeof(T));
+  const int64_t rows = op.N * op.B, budget = op.workspace / 8 / int64_t(sizeof(T));
   Cut out;
   while (2 * out.tasks() <= kTasks && 2 * out.panel_groups <= panels &&
-         2 * out.panel_groups * rows * op.dim <= budget) {
+         2 * out.panel_groups * rows * op.D <= budget) {
     out.panel_groups *= 2;
   }
   while (2 * out.tasks() <= kTasks && 2 * out.row_groups * kRowGroup <= rows &&
-         2 * out.row_groups <= op.batch && 4 * out.row_groups * op.proxies * op.dim <= budget) {
+         2 * out.row_groups <= op.B && 4 * out.row_groups * op.P * op.D <= budget) {
     out.row_groups *= 2;
   }
   return out;
@@ -255,9 +255,9 @@ Cut cut(const Task<T>& op, int64_t panels) {
 // The rows of one group of images.
 template <typename T>
 std::vector<int64_t> rows_of(const Task<T>& op, int64_t group, int64_t groups) {
-  const int64_t begin = op.batch * group / groups, end = op.batch * (group + 1) / groups;
-  std::vector<int64_t> rows((end - begin) * op.n);
-  std::iota(rows.begin(), rows.end(), begin * op.n);
+  const int64_t begin = op.B * group / groups, end = op.B * (group + 1) / groups;
+  std::vector<int64_t> rows((end - begin) * op.N);
+  std::iota(rows.begin(), rows.end(), begin * op.N);
   return rows;
 }
 

@@ -30,10 +30,10 @@ struct Block {
         z(kPanel) {}
 };
 
-// Row q is sample q % n of image q / n, and lies here in samples and their gradient.
+// Row q is sample q % N of image q / N, and lies here in samples and their gradient.
 template <typename T>
 int64_t row_offset(const Task<T>& op, int64_t q) {
-  return nivmf::row_offset(q % op.n, q / op.n, op.batch, op.dim);
+  return nivmf::row_offset(q % op.N, q / op.N, op.B, op.D);
 }
 
 template <typename T>
@@ -65,17 +65,17 @@ NIVMF_CLONES void pack_row(const T* __restrict__ from, int64_t i, int64_t count,
 template <typename T>
 void load(const Task<T>& op, const int64_t* rows, int64_t count, Block<T>& block) {
   for (int64_t r = 0; r < count; ++r) {
-    load_row(op.samples + row_offset(op, rows[r]), op.dim, block.x.data() + r * op.padded,
+    load_row(op.samples + row_offset(op, rows[r]), op.D, block.x.data() + r * op.padded,
              op.squares ? block.xx.data() + r * op.padded : nullptr);
   }
 }
 
 template <typename T>
 void score(const Task<T>& op, const Panel<T>& panel, int64_t count, Block<T>& block) {
-  multiply(count, panel.lanes, op.dim, block.x.data(), op.padded, 1, panel.linear.data(), false,
+  multiply(count, panel.lanes, op.D, block.x.data(), op.padded, 1, panel.linear.data(), false,
            block.num.data(), kPanel);
   if (!op.squares) return;
-  multiply(count, panel.lanes, op.dim, block.xx.data(), op.padded, 1, panel.spread.data(), false,
+  multiply(count, panel.lanes, op.D, block.xx.data(), op.padded, 1, panel.spread.data(), false,
            block.delta.data(), kPanel);
 }
 
@@ -91,11 +91,11 @@ NIVMF_CLONES void exact_products(const Task<T>& op, const T* __restrict__ x,
     nums[l] += (op.projection ? ratio : 1.0) * k * double(mu[d + l]) * at;
     deltas[l] += (ratio * ratio - 1) * at * at;
   };
-  const int64_t whole = op.dim / kWays * kWays;
+  const int64_t whole = op.D / kWays * kWays;
   for (int64_t d = 0; d < whole; d += kWays) {
     _Pragma("GCC unroll 1") for (int l = 0; l < kWays; ++l) add(d, l);
   }
-  for (int64_t l = 0; l < op.dim - whole; ++l) add(whole, int(l));
+  for (int64_t l = 0; l < op.D - whole; ++l) add(whole, int(l));
   for (int l = 1; l < kWays; ++l) {
     nums[0] += nums[l];
     deltas[0] += deltas[l];
@@ -111,9 +111,9 @@ template <typename T, typename Label>
 void sharpen_own(const Task<T>& op, const Panel<T>& panel, const int64_t* rows, int64_t count,
                  const Label& label_of, Block<T>& block) {
   for (int64_t r = 0; r < count; ++r) {
-    const int64_t j = label_of(rows[r] / op.n) - panel.first;
+    const int64_t j = label_of(rows[r] / op.N) - panel.first;
     if (j < 0 || j >= panel.width) continue;
-    const int64_t proxy = (panel.first + j) * op.dim, at = r * kPanel + j;
+    const int64_t proxy = (panel.first + j) * op.D, at = r * kPanel + j;
     exact_products(op, op.samples + row_offset(op, rows[r]), op.concentration + proxy,
                    op.loc + proxy, panel.proxy[j].inverse_kbar, block.num.data() + at,
                    block.delta.data() + at);
@@ -124,7 +124,7 @@ template <typename T>
 NIVMF_CLONES void row_scores(const Task<T>& op, const T* __restrict__ num,
                              const T* __restrict__ delta, const T* __restrict__ bias, int64_t size,
                              T* __restrict__ z) {
-  const T half = T(op.dim) / 2;
+  const T half = T(op.D) / 2;
   if (op.projection && op.exact) {
     for (int64_t j = 0; j < size; ++j) {
       z[j] = num[j] / std::sqrt(1 + delta[j]) - half * log1p_of(delta[j]) + bias[j];

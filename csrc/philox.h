@@ -1,6 +1,6 @@
 // The random stream, the same in every backend: Philox 4x32-10 (Salmon et al., "Parallel random
 // numbers: as easy as 1, 2, 3", SC 2011), key = the seed's two words, counter = (block, sample,
-// image, purpose). purpose 0: block j gives the normals 4j .. 4j + 3. purpose a >= 1 is the a-th
+// image, part). part 0: block j gives the normals 4j .. 4j + 3. part a >= 1 is the a-th
 // attempt of the rejection: block 0 its uniforms, block r >= 1 round r of its gamma draw. No draw
 // depends on what another sample drew.
 #pragma once
@@ -44,8 +44,8 @@ struct SampleStream {
         sample(uint32_t(uint64_t(sample_index))),
         image(uint32_t(uint64_t(image_index))) {}
 
-  NIVMF_HD PhiloxWords words(uint32_t block, uint32_t purpose) const {
-    return philox(key0, key1, {block, sample, image, purpose});
+  NIVMF_HD PhiloxWords words(uint32_t block, uint32_t part) const {
+    return philox(key0, key1, {block, sample, image, part});
   }
 };
 

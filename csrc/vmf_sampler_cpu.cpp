@@ -1,11 +1,8 @@
-// The vMF sampler on the CPU. The normals are the work (Philox, two logarithms, two sines and
-// cosines for every four), so their loop runs over kBlocks counters at a time in code that the
-// compiler vectorises: own polynomials, since libm's functions do not vectorise, and no branch. All
-// loops over dimensions run over whole groups of kGroup on zero-padded copies: a sum has one order,
-// and no element meets a remainder loop that might contract its multiply-adds differently, so a
-// sample has the same bits in any batch, split and number of threads. Rows go image by image, so
-// that a mean direction is normalised once per image and stays in cache, as do the normals: a
-// sample's row is written once and never read.
+// The vMF sampler on the CPU: x = w mu + sqrt(1 - w^2) t, w by rejection from vmf_radial.h, t the
+// direction of normals across mu; backward: dw/dk from vmf_radial_gradient.h.
+// In and out as vmf_kernels.h says; called by registration_cpu.cpp. Loops over dimensions run over
+// whole groups of kGroup on zero-padded copies, so that a sum has one order and a sample the same
+// bits in any batch, split and number of threads. docs/design/sampler.md says why.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -112,8 +109,7 @@ NIVMF_INLINE void forward_rows(const Forward<T>& op, int64_t begin, int64_t end)
         lanes[l] += v[d + l] * mu[d + l];
       }
     }
-    const T rest =
-        sum_lanes(lanes);  // once more: at small D the rounding of the first pass is seen
+    const T rest = sum_lanes(lanes);  // once more: at small D the first pass's rounding is seen
     std::fill_n(lanes, kGroup, T(0));
     for (int64_t d = 0; d < size; d += kGroup) {
       for (int l = 0; l < kGroup; ++l) {

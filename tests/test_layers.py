@@ -31,7 +31,13 @@ CALLS_OPS = {"_ops", "autograd", "functional"}
 USERS = ("train", "benchmarks", "examples")
 
 # C++ that knows torch; every other file in csrc compiles without it.
-TORCH_CPP = {"checks.h", "parallel.h", "registration_cpu.cpp", "registration_cuda.cpp"}
+TORCH_CPP = {
+    "checks.h",
+    "parallel.h",
+    "registration.h",
+    "registration_cpu.cpp",
+    "registration_cuda.cpp",
+}
 
 
 def imports(tree: ast.AST, package: str) -> Iterator[str]:
