@@ -77,7 +77,10 @@ def launches(monkeypatch: pytest.MonkeyPatch, architecture: str, mode: str) -> l
     calls: dict[Any, Any] = {}
 
     def record(kernel: Any, grid: Any, arguments: Any, constants: Any, tile: Any = None) -> None:
-        calls.setdefault((kernel, tuple(constants.items())), (kernel, arguments, constants, tile))
+        ones = tuple(type(a) is int and a == 1 for a in arguments)  # constants to the compiler
+        calls.setdefault(
+            (kernel, tuple(constants.items()), ones), (kernel, arguments, constants, tile)
+        )
 
     machine = architecture, 132, torch.bfloat16
     monkeypatch.setattr(log_ppk_prepare.Problem, "launch", staticmethod(record))
@@ -86,8 +89,11 @@ def launches(monkeypatch: pytest.MonkeyPatch, architecture: str, mode: str) -> l
     dtype = torch.float64 if mode == "float64" else torch.float32
     x, loc, kappa = torch.rand(N, B, D, dtype=dtype), *torch.rand(2, P, D, dtype=dtype)
     labels, T = torch.zeros(B, dtype=torch.int64), torch.ones((), dtype=dtype)
-    options = make_options(fast=mode == "fast")
-    losses, partial, saved = kernels.proxy_nca(x, loc, kappa, labels, T, options)
+    fast = mode == "fast"
+    # nothing kept; several tiles to a maximum; last the ordinary one, which the backward follows
+    for others in ({"keep": False}, {"workspace": 1 << 17}, {}):
+        options = make_options(fast=fast, **others)
+        losses, partial, saved = kernels.proxy_nca(x, loc, kappa, labels, T, options)
     kernels.proxy_nca_backward(losses, x, loc, kappa, labels, T, partial, saved, options)
     similarity, saved, _ = kernels.log_ppk(x, loc, kappa, T, options)
     kernels.log_ppk_backward(similarity, x, loc, kappa, T, saved, options)

@@ -39,11 +39,11 @@ def proxy_nca(
         )
         run = ceil_div(ceil_div(p.chunk, max(1, 2 * p.processors // p.blocks)), p.span) * p.span
         splits = ceil_div(p.chunk, run)
-        tops, sums = samples.new_empty(2, splits, R)
+        row_max, row_sum = samples.new_empty(2, splits, R)
         for first in range(0, p.tiles, p.chunk):
             last = min(first + p.chunk, p.tiles)
             p.split_proxies(saved.kbar, first)
-            results = tops, sums, saved.maxima
+            results = row_max, row_sum, saved.maxima
             sizes = first, last, run, p.span, R, B, P, D, p.wide
             p.launch(
                 nca_forward,
@@ -52,10 +52,11 @@ def proxy_nca(
                 {**p.score_constants, "KEEP": options.keep},
                 p.tile,
             )
+        outputs = losses, partial, p.N, B, splits
         p.launch(
             nca_combine,
             (ceil_div(B, BAND),),
-            (tops, sums, saved.own, saved.common, temperature, losses, partial, p.N, B, splits),
+            (row_max, row_sum, saved.own, saved.common, temperature, *outputs),
             {"PARTS": 16, "IMAGES": BAND},
         )
     return losses, partial, buffer

@@ -46,7 +46,7 @@ def _plan_rows(
         t = load_temperature(temperature)
         rate = (1 / t * LOG2E).to(DTYPE)
         both = partial, partial + B
-        top, rest = image_constants(both, tl.load(common), t, rows % B, mask, DTYPE)
+        maximum, lse = image_constants(both, tl.load(common), t, rows % B, mask, DTYPE)
         home = known_label(labels, rows % B, mask, P) // PROXIES
         unknown = tl.load(partial + 2 * B + rows % B, mask=mask, other=0.0) == -float("inf")
     row_list += (block.to(tl.int64) * tl.num_programs(0) + part) * chunk
@@ -55,19 +55,19 @@ def _plan_rows(
         step = start + tl.arange(0, BLOCK)
         tile = part * chunk + step
         here = (step < chunk) & (tile < tiles)
-        alive = here.to(tl.int32)
+        is_live = here.to(tl.int32)
         if NCA:
             at = (tile // span).to(tl.int64)[None, :] * R + rows[:, None]
             inside = mask[:, None] & here[None, :]
-            high = tl.load(maxima + at, mask=inside, other=-float("inf"))
-            weight = (high - top[:, None]) * rate - rest[:, None]
+            tile_max = tl.load(maxima + at, mask=inside, other=-float("inf"))
+            weight = (tile_max - maximum[:, None]) * rate - lse[:, None]
             needed = (weight >= threshold) | (weight != weight) | unknown[:, None]
             needed |= home[:, None] == tile[None, :]
-            alive = tl.max((needed & inside).to(tl.int32), 0)
-        tl.store(live + block.to(tl.int64) * tiles + tile, alive, mask=here)
-        place = count + tl.cumsum(alive, 0) - alive
-        tl.store(row_list + place, tile, mask=alive > 0)
-        count += tl.sum(alive, 0)
+            is_live = tl.max((needed & inside).to(tl.int32), 0)
+        tl.store(live + block.to(tl.int64) * tiles + tile, is_live, mask=here)
+        place = count + tl.cumsum(is_live, 0) - is_live
+        tl.store(row_list + place, tile, mask=is_live > 0)
+        count += tl.sum(is_live, 0)
     tl.store(row_count + block * tl.num_programs(0) + part, count)
 
 
@@ -78,17 +78,17 @@ def _plan_proxies(live, proxy_list, proxy_count, blocks, tiles, BLOCK: tl.conste
     mask = tile < tiles
     count = tl.zeros((BLOCK,), tl.int32)
     for block in range(0, blocks):
-        alive = tl.load(live + tl.cast(block, tl.int64) * tiles + tile, mask=mask, other=0)
+        is_live = tl.load(live + tl.cast(block, tl.int64) * tiles + tile, mask=mask, other=0)
         at = tile.to(tl.int64) * blocks + count
-        tl.store(proxy_list + at, tl.zeros_like(count) + block, mask=alive > 0)
-        count += alive
+        tl.store(proxy_list + at, tl.zeros_like(count) + block, mask=is_live > 0)
+        count += is_live
     tl.store(proxy_count + tile, count, mask=mask)
 
 
 @triton.jit
 def _score_gradients(
     x, x2, x_plane, linear, spread, proxy_plane, bias, own, labels, temperature,
-    grad, partial, tops, rests, common, live,
+    grad, partial, pair_max, pair_lse, common, live,
     linear_grad, spread_grad, grad_plane, bias_grad, temperature_grad,
     first_tile, width, R, B, P, D, WIDE,
     NCA: tl.constexpr, EXACT: tl.constexpr, PROJECTION: tl.constexpr,
@@ -106,7 +106,7 @@ def _score_gradients(
     rows, j = row0 + tl.arange(0, ROWS), proxy0 + tl.arange(0, PROXIES)
     t = load_temperature(temperature)
     rate = (1 / t * LOG2E).to(DTYPE)
-    z, along, inverse_length = score_tile(
+    z, num, inverse_length = score_tile(
         x, x2, x_plane, linear, spread, proxy_plane, bias, row0, local0, proxy0, P, D, WIDE,
         EXACT, PROJECTION, PLANES, SPREAD_PLANES, ROWS, PROXIES, DEPTH, DTYPE,
     )  # fmt: skip
@@ -115,49 +115,50 @@ def _score_gradients(
     images = rows % B
     if NCA:
         shift = tl.load(common)
-        top, rest = image_constants((partial, partial + B), shift, t, images, mask, DTYPE)
+        maximum, lse = image_constants((partial, partial + B), shift, t, images, mask, DTYPE)
         own_partial = partial + 2 * B, partial + 3 * B
-        own_top, own_rest = image_constants(own_partial, shift, t, images, mask, DTYPE)
+        own_max, own_lse = image_constants(own_partial, shift, t, images, mask, DTYPE)
         label = known_label(labels, images, mask, P)
         own_z = tl.load(own + rows, mask=mask, other=0.0)
-        own_top64 = tl.load(partial + 2 * B + images, mask=mask, other=0.0)
-        top64 = tl.load(partial + images, mask=mask, other=0.0)
+        own_max64 = tl.load(partial + 2 * B + images, mask=mask, other=0.0)
+        max64 = tl.load(partial + images, mask=mask, other=0.0)
         log_ratio = tl.load(partial + 3 * B + images, mask=mask, other=0.0) - tl.load(
             partial + B + images, mask=mask, other=0.0
         )
         # the two terms of the own proxy are w and w exp(-loss): their difference, uncancelled
-        gap = (tl.exp((own_top64 - top64) / t + log_ratio) - 1).to(DTYPE)
-        own_weight = tl.exp2((own_z - own_top) * rate - own_rest) * gap
-        weight = tl.exp2((z - top[:, None]) * rate - rest[:, None])
+        gap = (tl.exp((own_max64 - max64) / t + log_ratio) - 1).to(DTYPE)
+        own_weight = tl.exp2((own_z - own_max) * rate - own_lse) * gap
+        weight = tl.exp2((z - maximum[:, None]) * rate - lse[:, None])
         at_home = j[None, :] == label[:, None]
         weight = tl.where(at_home, own_weight[:, None], weight)
-        height = tl.where(at_home, own_z[:, None], z) - top[:, None]  # sum of dl is 0 per image
+        # an image's dL/d(z / T) sum to 0, so that any of its constants may be taken off z
+        centered = tl.where(at_home, own_z[:, None], z) - maximum[:, None]
         scale = tl.load(grad + images, mask=mask, other=0.0).to(tl.float64) / t
-        unknown = own_top64 == -float("inf")
+        unknown = own_max64 == -float("inf")
         scale = tl.where(unknown, float("nan"), scale).to(DTYPE)[:, None]
         g = tl.where(inside, weight * scale, 0.0)
-        height = tl.where(inside, height, 0.0)
+        centered = tl.where(inside, centered, 0.0)
     else:
         at = images.to(tl.int64)[:, None] * P + j[None, :]
-        top = tl.load(tops + at, mask=inside, other=float("inf"))  # a weight of 0
-        rest = tl.load(rests + at, mask=inside, other=0.0)
-        height = z - top
-        g = tl.exp2(height * rate - rest * LOG2E)
-        height = tl.where(inside, height, 0.0)
+        maximum = tl.load(pair_max + at, mask=inside, other=float("inf"))  # a weight of 0
+        lse = tl.load(pair_lse + at, mask=inside, other=0.0)
+        centered = z - maximum
+        g = tl.exp2(centered * rate - lse * LOG2E)
+        centered = tl.where(inside, centered, 0.0)
         g *= tl.load(grad + at, mask=inside, other=0.0) * (1 / t).to(DTYPE)
-    tl.store(temperature_grad + tile_at, tl.sum(tl.sum(g * height, 1).to(tl.float64), 0))
+    tl.store(temperature_grad + tile_at, tl.sum(tl.sum(g * centered, 1).to(tl.float64), 0))
     columns = local0 + tl.arange(0, PROXIES)
     tl.store(bias_grad + block.to(tl.int64) * width + columns, tl.sum(g, 0))
     linear_grad += row0.to(tl.int64) * width
     spread_grad += row0.to(tl.int64) * width
     at = tl.arange(0, ROWS)[:, None] * width + columns[None, :]
     if PROJECTION or EXACT:
-        pull = tl.zeros((ROWS, PROXIES), DTYPE)
+        slope = tl.zeros((ROWS, PROXIES), DTYPE)
         if PROJECTION:
-            pull += along
+            slope += num
         if EXACT:
-            pull += D
-        by_delta = -0.5 * g * pull * (inverse_length * inverse_length)
+            slope += D
+        by_delta = -0.5 * g * slope * (inverse_length * inverse_length)
         store_planes(by_delta, spread_grad, at, grad_plane, GRAD_PLANES)
     if PROJECTION:
         g *= inverse_length
@@ -209,7 +210,7 @@ def _sample_gradients(
 @triton.jit
 def _proxy_gradients(
     linear_grad, spread_grad, grad_plane, x, x2, x_plane, bias_grad, loc, concentration, kbar,
-    slope, proxy_list, proxy_count, d_loc, d_concentration, first_tile, blocks, width, P, D, WIDE,
+    pull, proxy_list, proxy_count, d_loc, d_concentration, first_tile, blocks, width, P, D, WIDE,
     PROJECTION: tl.constexpr, SPREAD: tl.constexpr, PLANES: tl.constexpr,
     ROWS: tl.constexpr, PROXIES: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
@@ -248,15 +249,15 @@ def _proxy_gradients(
     kappa = tl.load(concentration + at, mask=mask, other=1.0)
     hi, lo, inverse = load_scales(kbar, proxies, proxies < P, DTYPE)
     _, _, excess = proxy_coefficients(mu, kappa, hi[:, None], lo[:, None], inverse[:, None], False)
-    curve = tl.load(slope + proxies, mask=proxies < P, other=0.0).to(DTYPE) * by_bias
+    by_length = tl.load(pull + proxies, mask=proxies < P, other=0.0).to(DTYPE) * by_bias
     ratio = 1 + excess
     into_loc, into_kappa = by_linear * kappa, by_linear * mu
     if PROJECTION:
         into_loc, into_kappa = into_loc * ratio, into_kappa * ratio * 2
     if SPREAD:
         into_kappa += by_spread * ratio * (2 * inverse[:, None])
-    into_loc += curve[:, None] * kappa * kappa * mu
-    into_kappa += by_bias[:, None] / kappa + curve[:, None] * kappa * mu * mu
+    into_loc += by_length[:, None] * kappa * kappa * mu
+    into_kappa += by_bias[:, None] / kappa + by_length[:, None] * kappa * mu * mu
     tl.store(d_loc + at, into_loc, mask=mask)
     tl.store(d_concentration + at, into_kappa, mask=mask)
 
@@ -268,7 +269,7 @@ def backward(
     labels: Tensor | None = None,
     partial: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of both ops; log_ppk has no labels, and no dead tiles: its gradient may weigh any pair."""
+    """Gradients of both ops; log_ppk has no labels, and no dead tiles: grad may weigh any pair."""
     R, B, P, D, tile = p.R, p.B, p.P, p.D, p.tile
     samples, new = p.samples, p.samples.new_empty
     d_loc, d_concentration = torch.empty_like(p.loc), torch.empty_like(p.concentration)
@@ -278,9 +279,10 @@ def backward(
     nca = labels is not None
     if labels is None or partial is None:
         labels = partial = saved.common  # never read
-    slope = special.log_normalizer_derivative(saved.length, D, 1) / saved.length.clamp(min=1e-150)
+    # (d bias / d|K mu|) / |K mu|
+    pull = special.log_normalizer_derivative(saved.length, D, 1) / saved.length.clamp(min=1e-150)
     if not p.options.exact:
-        slope = slope - saved.length**-2
+        pull = pull - saved.length**-2
     parts, columns = ceil_div(p.tiles, p.chunk), ceil_div(D, tile.columns)
     splits = min(p.chunk, 2 * p.processors // (p.blocks * columns))
     splits = max(1, min(splits, p.options.workspace // 4 // (R * D * p.dtype.itemsize)))
@@ -331,7 +333,7 @@ def backward(
             tile,
         )
         operands = *weights, grad_plane, *p.samples_planes, x_plane
-        proxies = bias_grad, p.loc, p.concentration, saved.kbar, slope
+        proxies = bias_grad, p.loc, p.concentration, saved.kbar, pull
         results = proxy_list, proxy_count, d_loc, d_concentration
         p.launch(
             _proxy_gradients,
@@ -341,8 +343,8 @@ def backward(
             tile,
         )
     d_samples = slabs[0] if splits == 1 else slabs.sum(0)
-    heat = temperature_grad.sum()
-    if not nca:  # whose scores are taken from each pair's top; an image's dl sum to 0 in proxy_nca
-        heat += (grad.flatten() * saved.own).sum(dtype=torch.float64) / p.temperature
-    d_temperature = -heat / p.temperature.double()
+    total = temperature_grad.sum()
+    if not nca:  # what each pair's score was centred by
+        total += (grad.flatten() * saved.own).sum(dtype=torch.float64) / p.temperature
+    d_temperature = -total / p.temperature.double()
     return d_samples, d_loc, d_concentration, d_temperature.to(p.dtype)

@@ -115,9 +115,9 @@ def score_tile(
     PLANES: tl.constexpr, SPREAD_PLANES: tl.constexpr,
     ROWS: tl.constexpr, PROXIES: tl.constexpr, DEPTH: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Scores z of rows x proxies, the projected product along = x . linear / |..|, and 1 / |..|.
+    """Scores z of rows x proxies, the projected product num = x . linear / |..|, and 1 / |..|.
 
-    z = along - D/2 log1p(delta) + bias, delta = x^2 . spread, |..| = sqrt(1 + delta). The chunk's
+    z = num - D/2 log1p(delta) + bias, delta = x^2 . spread, |..| = sqrt(1 + delta). The chunk's
     planes hold proxy `proxy0` at `local0`; rows are WIDE numbers long, D padded by zeros.
     """
     i, j, k = tl.arange(0, ROWS), tl.arange(0, PROXIES), tl.arange(0, DEPTH)
@@ -125,10 +125,10 @@ def score_tile(
     x, x2, linear, spread = x + first_x, x2 + first_x, linear + first_proxy, spread + first_proxy
     at_x = i[:, None] * WIDE + k[None, :]
     at_proxy = k[:, None] + j[None, :] * WIDE
-    along = tl.zeros((ROWS, PROXIES), DTYPE)
+    num = tl.zeros((ROWS, PROXIES), DTYPE)
     delta = tl.zeros((ROWS, PROXIES), DTYPE)
     for _ in range(0, WIDE, DEPTH):
-        along = add_product(along, x + at_x, x_plane, linear + at_proxy, proxy_plane, PLANES)
+        num = add_product(num, x + at_x, x_plane, linear + at_proxy, proxy_plane, PLANES)
         if EXACT or PROJECTION:
             a, b = x2 + at_x, spread + at_proxy
             delta = add_product(delta, a, x_plane, b, proxy_plane, SPREAD_PLANES)
@@ -136,12 +136,12 @@ def score_tile(
         at_proxy += DEPTH
     inverse_length = inverse_root(1 + delta)
     if PROJECTION:
-        along *= inverse_length
+        num *= inverse_length
     shift = tl.load(bias + proxy0 + j, mask=proxy0 + j < P, other=0.0)
-    z = along + shift.to(DTYPE)[None, :]
+    z = num + shift.to(DTYPE)[None, :]
     if EXACT:
         z -= (0.5 * D) * log1p(delta)
-    return z, along, inverse_length
+    return z, num, inverse_length
 
 
 @triton.jit
@@ -152,8 +152,8 @@ def known_label(labels, images, mask, P):
 
 @triton.jit
 def image_constants(partial, common, temperature, images, mask, DTYPE: tl.constexpr):
-    """top, rest with log2 weight = (z - top) log2(e) / T - rest; rest also holds top's rounding."""
-    top = tl.load(partial[0] + images, mask=mask, other=0.0) - common
-    log_z = tl.load(partial[1] + images, mask=mask, other=0.0)
-    hi = top.to(DTYPE)
-    return hi, ((log_z + (top - hi.to(tl.float64)) / temperature) * LOG2E).to(DTYPE)
+    """Maximum, lse: log2 weight = (z - maximum) log2(e) / T - lse, which holds its rounding too."""
+    maximum = tl.load(partial[0] + images, mask=mask, other=0.0) - common
+    log_sum = tl.load(partial[1] + images, mask=mask, other=0.0)
+    hi = maximum.to(DTYPE)
+    return hi, ((log_sum + (maximum - hi.to(tl.float64)) / temperature) * LOG2E).to(DTYPE)

@@ -32,7 +32,7 @@ def own_scores(
     label = known_label(labels, rows % B, rows < R, P)
     known = label >= 0
     scale = tl.load(kbar + label, mask=known, other=1.0)[:, None]
-    along = tl.zeros((ROWS, DEPTH), tl.float64)
+    num = tl.zeros((ROWS, DEPTH), tl.float64)
     delta = tl.zeros((ROWS, DEPTH), tl.float64)
     for d in range(0, D, DEPTH):
         mask = known[:, None] & (d + k < D)[None, :]
@@ -41,9 +41,9 @@ def own_scores(
         mu = tl.load(loc + at, mask=mask, other=0.0).to(tl.float64)
         kappa = tl.load(concentration + at, mask=mask, other=0.0).to(tl.float64)
         linear, spread, _ = proxy_coefficients(mu, kappa, scale, 0.0, 1 / scale, PROJECTION)
-        along += x.to(tl.float64) * linear
+        num += x.to(tl.float64) * linear
         delta += x.to(tl.float64) * x.to(tl.float64) * spread
-    z, delta = tl.sum(along, 1), tl.sum(delta, 1)
+    z, delta = tl.sum(num, 1), tl.sum(delta, 1)
     if PROJECTION:
         z /= tl.sqrt(1 + delta)
     if EXACT:
@@ -55,7 +55,7 @@ def own_scores(
 @triton.jit
 def nca_forward(
     x, x2, x_plane, linear, spread, proxy_plane, bias, own, labels, temperature,
-    tops, sums, maxima, first_tile, last_tile, run, span, R, B, P, D, WIDE,
+    row_max, row_sum, maxima, first_tile, last_tile, run, span, R, B, P, D, WIDE,
     EXACT: tl.constexpr, PROJECTION: tl.constexpr,
     PLANES: tl.constexpr, SPREAD_PLANES: tl.constexpr,
     ROWS: tl.constexpr, PROXIES: tl.constexpr, DEPTH: tl.constexpr, KEEP: tl.constexpr,
@@ -69,13 +69,13 @@ def nca_forward(
     own_z = tl.load(own + rows, mask=mask, other=0.0)
     rate = (1 / load_temperature(temperature) * LOG2E).to(DTYPE)
     at = tl.program_id(1).to(tl.int64) * R + rows
-    top = tl.load(tops + at, mask=mask & (first_tile > 0), other=-float("inf"))
-    total = tl.load(sums + at, mask=mask & (first_tile > 0), other=0.0)
+    maximum = tl.load(row_max + at, mask=mask & (first_tile > 0), other=-float("inf"))
+    total = tl.load(row_sum + at, mask=mask & (first_tile > 0), other=0.0)
     start = tl.program_id(1) * run
     if KEEP:  # an earlier chunk may have begun the first `span` tiles
         first = first_tile + start
-        high_at = maxima + tl.cast(first // span, tl.int64) * R + rows
-        high = tl.load(high_at, mask=mask & (first % span > 0), other=-float("inf"))
+        kept_at = maxima + tl.cast(first // span, tl.int64) * R + rows
+        kept = tl.load(kept_at, mask=mask & (first % span > 0), other=-float("inf"))
     for step in range(start, tl.minimum(start + run, last_tile - first_tile)):
         tile = first_tile + step
         z, _, _ = score_tile(
@@ -86,46 +86,46 @@ def nca_forward(
         j = tile * PROXIES + tl.arange(0, PROXIES)
         z = tl.where(j[None, :] == label[:, None], own_z[:, None], z)
         z = tl.where((j < P)[None, :], z, -float("inf"))
-        tile_top = tl.max(z, 1)
-        new = tl.maximum(top, tile_top)
-        total = total * tl.exp2((top - new) * rate)
+        tile_max = tl.max(z, 1)
+        new = tl.maximum(maximum, tile_max)
+        total = total * tl.exp2((maximum - new) * rate)
         total += tl.sum(tl.exp2((z - new[:, None]) * rate), 1)
-        top = new
+        maximum = new
         if KEEP:
-            high = tl.where(tile % span == 0, tile_top, tl.maximum(high, tile_top))
-            tl.store(maxima + tl.cast(tile // span, tl.int64) * R + rows, high, mask=mask)
-    tl.store(tops + at, top, mask=mask)
-    tl.store(sums + at, total, mask=mask)
+            kept = tl.where(tile % span == 0, tile_max, tl.maximum(kept, tile_max))
+            tl.store(maxima + tl.cast(tile // span, tl.int64) * R + rows, kept, mask=mask)
+    tl.store(row_max + at, maximum, mask=mask)
+    tl.store(row_sum + at, total, mask=mask)
 
 
 @triton.jit
 def _log_sum(
-    tops, sums, count, images, B, inverse,
+    maxima, sums, count, images, B, inverse,
     SUMS: tl.constexpr, PARTS: tl.constexpr, IMAGES: tl.constexpr,
 ):  # fmt: skip
     """Maximum and log sum exp((. - maximum) inverse) of `count` partial results of each image."""
     p = tl.arange(0, PARTS)[:, None]
-    top = tl.full((IMAGES,), -float("inf"), tl.float64)
+    maximum = tl.full((IMAGES,), -float("inf"), tl.float64)
     for start in range(0, count, PARTS):
         at = (start + p).to(tl.int64) * B + images[None, :]
         mask = (start + p < count) & (images < B)[None, :]
-        values = tl.load(tops + at, mask=mask, other=-float("inf")).to(tl.float64)
-        top = tl.maximum(top, tl.max(values, 0))
+        values = tl.load(maxima + at, mask=mask, other=-float("inf")).to(tl.float64)
+        maximum = tl.maximum(maximum, tl.max(values, 0))
     total = tl.zeros((IMAGES,), tl.float64)
     for start in range(0, count, PARTS):
         at = (start + p).to(tl.int64) * B + images[None, :]
         mask = (start + p < count) & (images < B)[None, :]
-        values = tl.load(tops + at, mask=mask, other=-float("inf")).to(tl.float64)
-        weights = tl.exp((values - top[None, :]) * inverse)
+        values = tl.load(maxima + at, mask=mask, other=-float("inf")).to(tl.float64)
+        weights = tl.exp((values - maximum[None, :]) * inverse)
         if SUMS:
             weights *= tl.load(sums + at, mask=mask, other=0.0).to(tl.float64)
         total += tl.sum(weights, 0)
-    return top, tl.log(total)
+    return maximum, tl.log(total)
 
 
 @triton.jit
 def nca_combine(
-    tops, sums, own, common, temperature, losses, partial, N, B, splits,
+    row_max, row_sum, own, common, temperature, losses, partial, N, B, splits,
     PARTS: tl.constexpr, IMAGES: tl.constexpr,
 ):  # fmt: skip
     """Samples and splits of each image, in order, into partial [4, B] and the loss."""
@@ -134,21 +134,21 @@ def nca_combine(
     inverse = 1 / load_temperature(temperature)
     shift = tl.load(common)
     # split k of sample s of image i stands at k R + s B + i = (k N + s) B + i
-    top, log_z = _log_sum(tops, sums, splits * N, i, B, inverse, True, PARTS, IMAGES)
-    own_top, own_log_z = _log_sum(own, own, N, i, B, inverse, False, PARTS, IMAGES)
-    known = own_top != -float("inf")
-    loss = tl.where(known, (top - own_top) * inverse + (log_z - own_log_z), float("nan"))
+    maximum, lse = _log_sum(row_max, row_sum, splits * N, i, B, inverse, True, PARTS, IMAGES)
+    own_max, own_lse = _log_sum(own, own, N, i, B, inverse, False, PARTS, IMAGES)
+    known = own_max != -float("inf")
+    loss = tl.where(known, (maximum - own_max) * inverse + (lse - own_lse), float("nan"))
     tl.store(losses + i, loss, mask=mask)
-    tl.store(partial + i, top + shift, mask=mask)
-    tl.store(partial + B + i, log_z, mask=mask)
-    tl.store(partial + 2 * B + i, own_top + shift, mask=mask)
-    tl.store(partial + 3 * B + i, tl.where(known, own_log_z, 0.0), mask=mask)
+    tl.store(partial + i, maximum + shift, mask=mask)
+    tl.store(partial + B + i, lse, mask=mask)
+    tl.store(partial + 2 * B + i, own_max + shift, mask=mask)
+    tl.store(partial + 3 * B + i, tl.where(known, own_lse, 0.0), mask=mask)
 
 
 @triton.jit
 def ppk_forward(
     x, x2, x_plane, linear, spread, proxy_plane, bias, temperature,
-    similarity, tops, rests, first_tile, N, B, P, D, WIDE,
+    similarity, pair_max, pair_lse, first_tile, N, B, P, D, WIDE,
     EXACT: tl.constexpr, PROJECTION: tl.constexpr,
     PLANES: tl.constexpr, SPREAD_PLANES: tl.constexpr,
     ROWS: tl.constexpr, PROXIES: tl.constexpr, DEPTH: tl.constexpr,
@@ -159,7 +159,7 @@ def ppk_forward(
     proxy0 = first_tile * PROXIES + local0
     t = load_temperature(temperature)
     rate = (1 / t * LOG2E).to(DTYPE)
-    top = tl.full((ROWS, PROXIES), -float("inf"), DTYPE)
+    maximum = tl.full((ROWS, PROXIES), -float("inf"), DTYPE)
     total = tl.zeros((ROWS, PROXIES), DTYPE)
     for sample in range(0, N):
         z, _, _ = score_tile(
@@ -167,22 +167,22 @@ def ppk_forward(
             sample * B + image0, local0, proxy0, P, D, WIDE,
             EXACT, PROJECTION, PLANES, SPREAD_PLANES, ROWS, PROXIES, DEPTH, DTYPE,
         )  # fmt: skip
-        new = tl.maximum(top, z)
-        total = total * tl.exp2((top - new) * rate) + tl.exp2((z - new) * rate)
-        top = new
+        new = tl.maximum(maximum, z)
+        total = total * tl.exp2((maximum - new) * rate) + tl.exp2((z - new) * rate)
+        maximum = new
     similarity += image0.to(tl.int64) * P
-    tops += image0.to(tl.int64) * P
-    rests += image0.to(tl.int64) * P
+    pair_max += image0.to(tl.int64) * P
+    pair_lse += image0.to(tl.int64) * P
     i, j = tl.arange(0, ROWS)[:, None], proxy0 + tl.arange(0, PROXIES)[None, :]
     at = i.to(tl.int64) * P + j
     mask = (image0 + i < B) & (j < P)
-    rest = tl.log(total)
-    tl.store(tops + at, top, mask=mask)
-    tl.store(rests + at, rest, mask=mask)
-    # top / T is too large for a rounding before the rest is added
+    lse = tl.log(total)
+    tl.store(pair_max + at, maximum, mask=mask)
+    tl.store(pair_lse + at, lse, mask=mask)
+    # maximum / T is too large for a rounding before the lse is added
     inverse = (1 / t).to(DTYPE)
     inverse_low = (1 / t - inverse.to(tl.float64)).to(DTYPE)
     count = tl.log(tl.full((), 1.0, tl.float64) * N).to(DTYPE)
-    s = top * inverse
-    low = tl.fma(top, inverse, -s) + top * inverse_low
-    tl.store(similarity + at, s + (low + (rest - count)), mask=mask)
+    s = maximum * inverse
+    low = tl.fma(maximum, inverse, -s) + maximum * inverse_low
+    tl.store(similarity + at, s + (low + (lse - count)), mask=mask)

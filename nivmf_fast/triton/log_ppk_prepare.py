@@ -82,8 +82,8 @@ class Saved(NamedTuple):
     kbar: Tensor  # [P], geometric mean of the concentrations
     length: Tensor  # [P], |K mu|
     bias: Tensor  # [P], what does not depend on the sample, less common
-    own: Tensor  # [R], scores at the own proxies;  log_ppk: tops [B P]
-    maxima: Tensor  # [.. R], of the tiles of each row, if kept;  log_ppk: rests [B P]
+    own: Tensor  # [R], scores at the own proxies;  log_ppk: maxima [B P]
+    maxima: Tensor  # [.. R], of the tiles of each row, if kept;  log_ppk: log sums [B P]
 
 
 def _scalars(P: int) -> int:
@@ -155,20 +155,18 @@ class Problem:
         _, self.processors, plane_type = machine(samples.device)
         self.plane_type = self.dtype if mode == "float64" else plane_type
         self.linear_planes, self.planes, self.grad_planes, self.proxy_grad_planes = PLANES[mode]
-        self.blocks, self.tiles = (
-            ceil_div(self.R, self.tile.rows),
-            ceil_div(self.P, self.tile.proxies),
-        )
+        self.blocks = ceil_div(self.R, self.tile.rows)
+        self.tiles = ceil_div(self.P, self.tile.proxies)
         # padded sizes: a row block may begin at any row of log_ppk, hence one more
         self.rows = (self.blocks + 1) * self.tile.rows
         self.wide = ceil_div(self.D, PAD) * PAD
-        # proxies in a chunk: as many as the cache and half of the workspace hold the planes of
+        # tiles of a chunk: as many as the cache and half of the workspace hold the planes of
         products = 1 + self.spreads
         size = self.plane_type.itemsize
         column = products * self.planes * self.wide * size
         column += products * self.grad_planes * self.rows * size * backward
         fitting = min(L2_BYTES, options.workspace // 2) // (column * self.tile.proxies)
-        self.span = 1  # tiles that share a maximum, where the forward keeps these
+        self.span = 1  # tiles that share a maximum: the forward keeps maxima within a quarter
         if nca and options.keep and not backward:
             self.span = span_of(self.tiles, self.R * self.dtype.itemsize, options.workspace)
         self.chunk = min(self.tiles, _chunk_of(max(1, fitting), self.span))
