@@ -69,6 +69,12 @@ def test_descent_solves_a_batch(name: str) -> None:
     assert embeddings.isfinite().all()
 
 
+@pytest.mark.parametrize("name", ["el-nivmf", "nivmf"])
+def test_precision_and_workspace_reach_their_loss(name: str) -> None:
+    options = build(name, precision="fast", workspace=1 << 20).kernel_options
+    assert (options["precision"], options["workspace"]) == ("fast", 1 << 20)
+
+
 def test_the_papers_options_reach_their_loss() -> None:
     loss = build(
         "nivmf",

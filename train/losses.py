@@ -98,18 +98,23 @@ def build_loss(
     config: LossConfig, num_classes: int, embed_dim: int, class_parallel: bool = False
 ) -> nn.Module:
     """The loss of that name; all are called as `loss(embeddings, labels, seed=, image_offset=)`."""
-    _check(config)
+    _check(config, class_parallel)
     if config.name in PAPER_LOSSES:
         return _paper_loss(config, num_classes, embed_dim, class_parallel)
-    if class_parallel:
-        known = ", ".join(PAPER_LOSSES)
-        raise RunError(f"--class-parallel goes with {known}, not with --loss {config.name}")
     if config.name in LOSSES:
         return _inherited_loss(config, num_classes, embed_dim)
     return OwnLoss(_own_loss(config, num_classes, embed_dim))
 
 
-def _check(config: LossConfig) -> None:
+def check_loss(config: LossConfig, class_parallel: bool = False) -> None:
+    """Raise a RunError, before there is any data, for options that the loss refuses or ignores."""
+    _check(config, class_parallel)
+    if config.name in PAPER_LOSSES:  # two classes are as good as any
+        with torch.random.fork_rng(devices=[]):
+            _paper_loss(config, 2, 2, class_parallel=False)
+
+
+def _check(config: LossConfig, class_parallel: bool) -> None:
     """Raise a RunError for an option that this loss would silently go without."""
     name, paper = config.name, config.name in PAPER_LOSSES
     if config.miner != "none" and not (name in LOSSES and LOSSES[name].takes_miner):
@@ -128,6 +133,9 @@ def _check(config: LossConfig) -> None:
     ):
         if not (paper or unused):
             raise RunError(f"--loss {name} needs {flag}: that is for the paper's losses only")
+    if class_parallel and not paper:
+        known = ", ".join(PAPER_LOSSES)
+        raise RunError(f"--class-parallel goes with {known}, not with --loss {name}")
 
 
 def _paper_loss(
@@ -147,6 +155,8 @@ def _paper_loss(
     density: dict[str, Any] = {
         "normalizer": config.normalizer,
         "projection": config.projection,
+        "precision": config.precision,
+        "workspace": config.workspace,
         "backend": config.backend,
     }
     sampled = {"n_samples": config.n_samples, "temperature_outside": config.temperature_outside}
@@ -164,7 +174,9 @@ def _paper_loss(
     try:
         return kind(num_classes, embed_dim, **options, **common)
     except (ValueError, TypeError, RuntimeError) as error:
-        raise RunError(f"loss {config.name}: {error}") from None
+        argument = str(error).partition(" ")[0]
+        flag = f"--{argument.replace('_', '-')} of " if argument in vars(config) else ""
+        raise RunError(f"{flag}loss {config.name}: {error}") from None
 
 
 # --- from pytorch-metric-learning
