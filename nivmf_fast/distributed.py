@@ -43,12 +43,15 @@ from nivmf_fast.losses import (
     EuclideanProxyLoss,
     KLVMFLoss,
     NivMFLoss,
-    ProxyLoss,
     VMFProductKernelLoss,
-    _Images,
     _NonIsotropicLoss,
+)
+from nivmf_fast.proxy_loss import (
+    ProxyLoss,
+    _Images,
     anchor_terms,
     directions_and_norms,
+    require_int,
 )
 
 BLOCK = 1 << 14  # classes, or images, that are handled at a time where it matters
@@ -281,24 +284,31 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 class ClassParallelLoss(ProxyLoss):
-    """What the class-parallel losses share: the slice, what is sent, checkpoints.
+    """Base of the class-parallel losses: a loss that holds one slice of the proxies.
+
+    A call takes this process's images, [b, D] and [b] global labels, of which there may be none,
+    and returns the mean loss of all B images of all processes. `seed` must be the same in all.
 
     Args:
-        num_classes: P of all processes together; a process may have none of them.
-        embedding_dim: D.
-        group: process group, by default all processes; without torch.distributed, one process.
-        sparse_gradients: gradients of the proxies hold only the rows that are not zero, which at
-            low temperatures are few. torch.optim.SGD without momentum then gives exactly what
-            dense gradients give. SparseAdam moves only proxies with a gradient, and keeps the
-            moments of the others as they are, where Adam would decay them and move on.
-        The rest: as in the loss of one process. The form "bindev" is not offered.
+        num_classes: P, of all processes together; a process may have none of them.
+        group: process group; None for all processes, or one without torch.distributed.
+        sparse_gradients: drop the rows of the proxies' gradients that are zero, at low T most of
+            them. SGD without momentum is unchanged. SparseAdam leaves proxies without a gradient
+            and their moments as they are, where Adam would decay the moments and move on.
+        embedding_dim, ...: as in the loss of one process. The form "bindev" is not offered.
 
-    Raises:
-        ValueError: as the loss of one process, or from a process outside the group.
-        RuntimeError: from a call when a process has ended; its number is in the message.
+    Attributes:
+        total_classes: P, the `num_classes` of the constructor.
+        classes: range of the classes of this process's slice.
+        num_classes: proxies held here, max(1, len(classes)). NOT the constructor's P.
 
-    A call takes this process's images, [b, D] and [b], of which there may be none, and gives the
-    mean loss of all B images in all processes. `seed` must be the same in all.
+    Raises: ValueError: as the loss of one process, or from a process outside the group.
+        RuntimeError: from a call when a process has ended; the message has its number.
+
+    Example:
+        >>> loss = ClassParallelCosineProxyLoss(9, 8)  # without torch.distributed: one process
+        >>> loss.total_classes, loss.classes
+        (9, range(0, 9))
     """
 
     def __init__(
@@ -310,8 +320,7 @@ class ClassParallelLoss(ProxyLoss):
         sparse_gradients: bool = False,
         **options: Any,
     ) -> None:
-        if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
-            raise ValueError(f"num_classes must be an int, at least 1; got {num_classes!r}")
+        require_int("num_classes", num_classes, 1)
         communication = _Group(group)
         classes = communication.slices_of(num_classes)[communication.rank]
         if options.get("form", "nca") != "nca":
@@ -352,34 +361,24 @@ class ClassParallelLoss(ProxyLoss):
         """T, whose gradient is summed over the processes: it stays the same in all."""
         return _Shared.apply(super().temperature, self.group)  # type: ignore[no-any-return]
 
-    def forward(
-        self,
-        embeddings: Tensor,
-        labels: Tensor,
-        *,
-        seed: int | Tensor | None = None,
-        image_offset: int = 0,
-    ) -> Tensor:
+    def _collect(
+        self, embeddings: Tensor, labels: Tensor, seed: int | Tensor | None, image_offset: int
+    ) -> tuple[_Images, Tensor]:
+        """Gather the images of all processes, and their global labels."""
         counts, seed, learns = self._meet(embeddings, labels, seed)
         loc, norm = directions_and_norms(embeddings)
         rows = torch.cat((loc, norm[:, None]), 1)
         # one without images may have no graph, but takes its part in the backward of the others
         rows = rows if rows.requires_grad else rows.requires_grad_(learns)
-        gathered = _Gather.apply(rows, counts, self.group)
-        labels = self.group.gather(labels, counts)
-        images = _Images(gathered[:, :-1], gathered[:, -1], seed, image_offset)
-        here = self._here(labels)
-        kept, own = self._subset(here, None if seed is None else seed + self.group.rank)
-        if self.classes:
-            losses = self._losses(images, own, kept)
-        else:  # no gradient of its own, but the same steps as the others
-            with torch.no_grad():
-                losses = self._losses(images, own, kept)
-            losses = losses + 0 * (gathered.sum() + self.temperature + self.proxies.sum())
-        total = losses.sum() / max(len(labels), 1)
-        if self.guidance_weight > 0:
-            total = total + self.guidance_weight * self._guidance(images.loc, here, labels)
-        return total
+        rows = _Gather.apply(rows, counts, self.group)
+        images = _Images(rows[:, :-1], rows[:, -1], seed, image_offset)
+        return images, self.group.gather(labels, counts)
+
+    def _draw_subset(
+        self, labels: Tensor, seed: int | Tensor | None
+    ) -> tuple[Tensor | None, Tensor]:
+        seed = None if seed is None else seed + self.group.rank  # every slice draws its own
+        return super()._draw_subset(self._here(labels), seed)
 
     def _meet(self, embeddings: Tensor, labels: Tensor, seed: int | Tensor | None) -> _Meeting:
         """Check what this process was given, and hear of the others."""
@@ -407,17 +406,25 @@ class ClassParallelLoss(ProxyLoss):
             partial[::2] = -torch.inf
         return self.group.combine(partial, lambda parts: combine_partials(parts, temperature))
 
-    def _losses(self, images: _Images, labels: Tensor, kept: Tensor | None) -> Tensor:
-        s = self._similarity(images, kept)
-        losses: Tensor = _CrossEntropy.apply(s, labels, self._combine)
+    def _losses(self, images: _Images, positive: Tensor, subset: Tensor | None) -> Tensor:
+        if self.classes:
+            return self._slice_losses(images, positive, subset)
+        with torch.no_grad():  # no gradient of its own, but the same steps as the others
+            losses = self._slice_losses(images, positive, subset)
+        nothing = images.loc.sum() + images.norm.sum() + self.temperature + self.proxies.sum()
+        return losses + 0 * nothing
+
+    def _slice_losses(self, images: _Images, positive: Tensor, subset: Tensor | None) -> Tensor:
+        """Per-image cross-entropy over all classes, [B], whose gradient is this slice's part."""
+        s = self._similarity(images, subset)
+        losses: Tensor = _CrossEntropy.apply(s, positive, self._combine)
         return losses
 
-    def _guidance(self, loc: Tensor, here: Tensor, labels: Tensor) -> Tensor:
+    def _guidance(self, loc: Tensor, labels: Tensor) -> Tensor:
         """ProxyAnchor on the directions: its sums over proxies are sums over the processes."""
-        with torch.autocast(loc.device.type, enabled=False):
-            cosine = loc @ self.directions.to(loc.dtype).T
-        own = here[:, None] == torch.arange(cosine.shape[1], device=here.device)
-        attract, repel = anchor_terms(cosine, own, self.guidance_alpha, self.guidance_delta, 0)
+        cosine = self._cosine(loc)
+        positive = self._here(labels)[:, None] == torch.arange(cosine.shape[1], device=loc.device)
+        attract, repel = anchor_terms(cosine, positive, self.guidance_alpha, self.guidance_delta, 0)
         present = max(labels.unique().numel(), 1)
         share = attract.sum() / present + repel.sum() / self.total_classes
         if not self.classes:
@@ -525,13 +532,13 @@ class ClassParallelLoss(ProxyLoss):
 
 
 class _NonIsotropicClassParallelLoss(ClassParallelLoss, _NonIsotropicLoss):
-    def _losses(self, images: _Images, labels: Tensor, kept: Tensor | None) -> Tensor:
+    def _slice_losses(self, images: _Images, positive: Tensor, subset: Tensor | None) -> Tensor:
         options = dict(self.kernel_options)
         if options.pop("temperature_outside"):
-            return super()._losses(images, labels, kept)
-        samples, proxies, T = self._samples(images), self._proxies(kept), self.temperature
+            return super()._slice_losses(images, positive, subset)
+        samples, proxies, T = self._samples(images), self._proxies(subset), self.temperature
         combine = functools.partial(self._combine, temperature=T.detach())
-        return proxy_nca_shard(samples, *proxies, labels, T, combine=combine, **options)
+        return proxy_nca_shard(samples, *proxies, positive, T, combine=combine, **options)
 
 
 class ClassParallelELNivMFLoss(_NonIsotropicClassParallelLoss, ELNivMFLoss):
@@ -562,6 +569,17 @@ class ClassParallelEuclideanProxyLoss(ClassParallelLoss, EuclideanProxyLoss):
 
 class ClassParallelCosineProxyLoss(ClassParallelLoss, CosineProxyLoss):
     """`CosineProxyLoss` with its classes spread over processes; see `ClassParallelLoss`."""
+
+
+# The form of each loss whose classes are spread over processes.
+CLASS_PARALLEL: dict[type[ProxyLoss], type[ClassParallelLoss]] = {
+    ELNivMFLoss: ClassParallelELNivMFLoss,
+    NivMFLoss: ClassParallelNivMFLoss,
+    VMFProductKernelLoss: ClassParallelVMFProductKernelLoss,
+    KLVMFLoss: ClassParallelKLVMFLoss,
+    EuclideanProxyLoss: ClassParallelEuclideanProxyLoss,
+    CosineProxyLoss: ClassParallelCosineProxyLoss,
+}
 
 
 def _drop_zero_rows(parameter: Tensor) -> None:

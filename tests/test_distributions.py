@@ -1,7 +1,9 @@
 """The distributions as torch.distributions: shapes, moments, densities, divergences, fits."""
 
 import doctest
+import importlib
 import math
+from pathlib import Path
 
 import pytest
 import scipy.stats
@@ -10,6 +12,8 @@ from torch.distributions import kl_divergence
 
 import nivmf_fast
 from nivmf_fast import HypersphericalUniform, NonIsotropicVonMisesFisher, VonMisesFisher
+from nivmf_fast.distributed import ClassParallelLoss
+from nivmf_fast.proxy_loss import ProxyLoss
 
 
 def unit(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -18,13 +22,35 @@ def unit(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
     return torch.nn.functional.normalize(x, dim=-1).to(dtype)
 
 
-def test_every_example_in_the_documentation_runs() -> None:
+LIBRARY = Path(nivmf_fast.__file__).parent
+MODULES = [
+    ".".join(path.relative_to(LIBRARY.parent).with_suffix("").parts).removesuffix(".__init__")
+    for path in sorted(LIBRARY.rglob("*.py"))
+    if path.stem != "__main__" and path.parent.name != "triton"
+]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_example_in_the_documentation_runs(name: str) -> None:
     torch.manual_seed(0)
-    modules = [nivmf_fast.distributions, nivmf_fast.functional, nivmf_fast.losses, nivmf_fast._ops]
-    for module in modules:
-        result = doctest.testmod(module, extraglobs={"torch": torch})
-        assert result.attempted > 0
-        assert result.failed == 0, module
+    result = doctest.testmod(importlib.import_module(name), extraglobs={"torch": torch})
+    assert result.failed == 0
+
+
+@pytest.mark.parametrize(
+    "subject",
+    [
+        *(getattr(nivmf_fast, name) for name in nivmf_fast.__all__),
+        ProxyLoss,
+        ClassParallelLoss,
+        VonMisesFisher.fit,
+        NonIsotropicVonMisesFisher.fit,
+    ],
+    ids=lambda subject: subject.__qualname__,
+)
+def test_what_is_public_has_an_example_that_runs(subject: object) -> None:
+    assert subject.__module__ in MODULES
+    assert doctest.DocTestFinder(recurse=False).find(subject)[0].examples
 
 
 @pytest.mark.parametrize(

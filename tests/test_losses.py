@@ -2,42 +2,36 @@
 
 import copy
 import math
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import nivmf_fast
 from nivmf_fast import (
-    CosineProxyLoss,
     ELNivMFLoss,
-    EuclideanProxyLoss,
-    KLVMFLoss,
     NivMFLoss,
     NonIsotropicVonMisesFisher,
     VMFProductKernelLoss,
     VonMisesFisher,
 )
+from nivmf_fast.distributed import CLASS_PARALLEL
+from nivmf_fast.losses import PAPER_LOSSES
 
 P, D, B = 7, 6, 10
-LOSSES = {
-    "el-nivmf": lambda **o: ELNivMFLoss(P, D, n_samples=8, **o),
-    "el-vmf": lambda **o: VMFProductKernelLoss(P, D, rho=1.0, **o),
-    "b-vmf": lambda **o: VMFProductKernelLoss(P, D, rho=0.5, **o),
-    "kl-vmf": lambda **o: KLVMFLoss(P, D, **o),
-    "nivmf": lambda **o: NivMFLoss(P, D, **o),
-    "l2": lambda **o: EuclideanProxyLoss(P, D, **o),
-    "cos": lambda **o: CosineProxyLoss(P, D, **o),
-}
 
 
-@pytest.fixture(params=LOSSES)
+@pytest.fixture(params=PAPER_LOSSES)
 def name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
 def make(name: str, **options: object) -> torch.nn.Module:
     torch.manual_seed(3)
-    loss = LOSSES[name](**{"temperature": 0.5, "concentration": 4.0, **options}).double()
+    kind, own = PAPER_LOSSES[name]
+    own = {**own, "n_samples": 8} if kind is ELNivMFLoss else own
+    loss = kind(P, D, **{"temperature": 0.5, "concentration": 4.0, **own, **options}).double()
     if loss.concentration is not None:  # classes that differ
         with torch.no_grad():
             loss.concentration.mul_(
@@ -50,6 +44,34 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
     g = torch.Generator().manual_seed(1)
     embeddings = 3 * torch.randn(B, D, generator=g, dtype=torch.float64)
     return embeddings, torch.randint(P, (B,), generator=g)
+
+
+class CalledOps(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(
+        self, op: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if op.namespace == "nivmf_fast":
+            self.names.add(op.name().removeprefix("nivmf_fast::"))
+        return op(*args, **(kwargs or {}))
+
+
+def test_a_loss_names_the_ops_that_it_calls(name: str) -> None:
+    loss, (e, y) = make(name), batch()
+    with CalledOps() as called:
+        loss(e, y, seed=5)
+    assert called.names == set(loss.ops)
+
+
+def test_every_loss_has_a_class_parallel_form() -> None:
+    kinds = {kind for kind, _ in PAPER_LOSSES.values()}
+    assert set(CLASS_PARALLEL) == kinds
+    for kind, parallel in CLASS_PARALLEL.items():
+        assert issubclass(parallel, kind)
+        assert getattr(nivmf_fast.distributed, f"ClassParallel{kind.__name__}") is parallel
 
 
 def test_similarities_are_those_of_the_paper(name: str) -> None:
@@ -209,7 +231,7 @@ def test_a_share_of_the_negatives_is_the_loss_on_fewer_proxies(name: str, form: 
     if form == "nca":
         expected = torch.nn.functional.cross_entropy(s, own)
     else:
-        expected = nivmf_fast.losses.binomial_deviance(s, own, 1.0, 0.0, "images")
+        expected = nivmf_fast.proxy_loss.binomial_deviance(s, own, 1.0, 0.0, "images")
     torch.testing.assert_close(loss(e, y, seed=3), expected, rtol=1e-10, atol=1e-12)
 
 
