@@ -258,10 +258,10 @@ def test_sweep_runs_go_to_processes_and_what_has_ended_is_not_repeated(tmp_path,
     assert "diverged" in (tmp_path / "a/01/failed.txt").read_text()
     assert sweep.score(wild) == -math.inf
     assert sweep.score(good) > 0
-    assert sweep.ended(good)
-    assert sweep.ended(wild)
+    assert sweep.is_finished(good)
+    assert sweep.is_finished(wild)
     with pytest.raises(Exception, match="other settings"):
-        sweep.ended(Config(**{**vars(good), "seed": 5}))
+        sweep.is_finished(Config(**{**vars(good), "seed": 5}))
 
 
 def test_a_released_command_is_translated(capsys):

@@ -12,16 +12,13 @@ from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 import tyro
 
+from nivmf_fast import losses
+from train import metric_learning
+
 # Every loss and miner that a run knows by name; train/losses.py makes them.
-PAPER_LOSSES = ("el-nivmf", "el-vmf", "b-vmf", "kl-vmf", "nivmf", "l2", "cos")
-INHERITED_LOSSES = (  # from pytorch-metric-learning
-    *("proxy-anchor", "proxy-nca", "normalized-softmax", "arcface", "soft-triple"),  # with proxies
-    *("triplet", "margin", "contrastive", "multi-similarity", "lifted", "n-pair", "angular", "snr"),
-)
-MINERS = (  # from pytorch-metric-learning
-    *("none", "distance-weighted", "semihard", "hard", "all", "easy-hard", "batch-hard"),
-    *("multi-similarity", "pair-margin", "angular"),
-)
+PAPER_LOSSES = tuple(losses.PAPER_LOSSES)
+INHERITED_LOSSES = tuple(metric_learning.LOSSES)
+MINERS = ("none", *metric_learning.MINERS)
 T = TypeVar("T")
 
 _LOSS_HELP = (

@@ -15,10 +15,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
-from nivmf_fast import which_backend
 from train import compare, evaluate, report, tracking
 from train.backbone import backbone_input
-from train.config import Config, Diverged, LossConfig, OptimConfig, RunError
+from train.config import Config, Diverged, OptimConfig, RunError
 from train.data import ClassBalancedBatches, ImageSet, load, train_batches
 from train.distributed import Ranks, processes
 from train.embed import (
@@ -29,7 +28,7 @@ from train.embed import (
     embed_readable,
     metrics,
 )
-from train.losses import LOSS_OPS, build_loss, check_loss
+from train.losses import build_loss, check_loss, loss_backends
 from train.model import EmbeddingNet, build_model
 from train.run_folder import LAST, RunFolder
 from train.state import State
@@ -84,9 +83,8 @@ def run(config: Config, ranks: Ranks) -> None:
         some = calibration_images(train_set)
         form = replace(config.model, pretrained="none") if checkpoint else config.model
         model = build_model(form, channel_statistics(train_set, some), train_set.size).to(device)
-    classes, dim = len(train_set.classes), config.model.embed_dim
+    data, classes, dim = config.data, len(train_set.classes), config.model.embed_dim
     loss = build_loss(config.loss, classes, dim, config.class_parallel).to(device)
-    data = config.data
     batches = ClassBalancedBatches(
         train_set.labels, data.batch_size, data.samples_per_class, config.seed
     )
@@ -94,10 +92,9 @@ def run(config: Config, ranks: Ranks) -> None:
     optimiser, schedule = build_optimiser(config.optim, model, loss, steps, config.epochs)
     scaler = torch.amp.GradScaler(device.type, enabled=config.optim.amp == "float16")
     state = State(model, loss, optimiser, schedule, scaler)
-    raw_recall = None
-    if test_set.images is not None:
-        raw = evaluate.retrieve(test_set.images.flatten(1), test_set.labels, "e")
-        raw_recall = raw.recall(1)
+    pixels, raw_recall = test_set.images, None
+    if pixels is not None:
+        raw_recall = evaluate.retrieve(pixels.flatten(1), test_set.labels, "e").recall(1)
     if ranks.first:
         describe(config, ranks, model, train_set, test_set, raw_recall)
         folder.create(config)
@@ -125,10 +122,8 @@ def run(config: Config, ranks: Ranks) -> None:
             if (state.epoch + 1) % config.evaluate_every == 0 or state.epoch + 1 == config.epochs:
                 embedded, columns = evaluate_epoch(config, model, test_set, ranks)
                 row |= columns
-            metric = config.storage_metric
-            best = max((r[metric] for r in state.history if metric in r), default=-math.inf)
-            state.end_epoch(row)
-            state.save(config, ranks, folder, best=row.get(metric, -math.inf) > best)
+            best = state.end_epoch(row, config.storage_metric)
+            state.save(config, ranks, folder, best)
             if log:
                 folder.write_metrics(state.history)
                 log(row, state.epoch)
@@ -379,18 +374,6 @@ def describe(
     print(f"{split:8} {len(test_set)} images of {len(test_set.classes)} {what} classes{raw}")
     print(f"model    {config.model.backbone} to {config.model.embed_dim}, {size:,} parameters")
     print(f"run      {config.folder}", flush=True)
-
-
-def loss_backends(config: LossConfig, device: torch.device) -> str:
-    """What computes each op of the loss, where it has any of its own."""
-    backend, ops = "auto", LOSS_OPS.get(config.name, ())
-    if "proxy_nca" in ops:
-        backend = config.backend
-    try:
-        chosen = [f"{which_backend(op, device, backend=backend)} ({op})" for op in ops]
-    except (ValueError, RuntimeError) as error:
-        raise RunError(f"--backend {config.backend}: {error}") from None
-    return ", ".join(chosen) or "torch"
 
 
 def summary(config: Config, row: dict[str, float]) -> str:

@@ -1,5 +1,6 @@
 """All that a checkpoint holds, and how it is written and read."""
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,10 +39,12 @@ class State:
         names = ("epoch", "step", "losses", "seconds", "history")
         return {name: getattr(self, name) for name in names}
 
-    def end_epoch(self, row: dict[str, float]) -> None:
-        """Take in the epoch's row of metrics.csv; the next epoch starts at its first step."""
+    def end_epoch(self, row: dict[str, float], metric: str) -> bool:
+        """Take in the epoch's row of metrics.csv; whether it is the best so far by a column."""
+        best = max((r[metric] for r in self.history if metric in r), default=-math.inf)
         self.history.append(row)
         self.epoch, self.step, self.losses, self.seconds = self.epoch + 1, 0, 0.0, 0.0
+        return row.get(metric, -math.inf) > best
 
     def save(self, config: Config, ranks: Ranks, folder: RunFolder, best: bool = False) -> None:
         """Write a checkpoint, as the last one and, if it is, as the best."""

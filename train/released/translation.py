@@ -8,7 +8,7 @@ import shlex
 from typing import Any, NoReturn
 
 from train.config import RunError, by_flag, nearest
-from train.losses import LOSSES, MINERS
+from train.metric_learning import LOSSES, MINERS
 from train.presets import PRESETS
 from train.released.flags import FLAGS, LOSS_NAMES, MINER_NAMES
 
