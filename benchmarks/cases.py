@@ -1,4 +1,4 @@
-"""What is timed: shapes, data, and for every op this library's backends beside its baselines.
+"""What is timed: shapes, data, and for every op this library's backends and its baselines.
 
 A case is a function without arguments that does one whole step, forward and backward, and returns
 named results; all cases of an op must return the same numbers, which is checked before timing.
