@@ -33,7 +33,7 @@ T = TypeVar("T")
 def parse_command(
     name: str, arguments: Sequence[str]
 ) -> EvaluateConfig | CompareConfig | SweepConfig:
-    """The configuration of a command beside training."""
+    """The configuration of a command other than training."""
     config, unknown = _cli(COMMANDS[name], arguments, None, prog=f"python -m train {name}")
     if unknown:
         raise RunError(f"unknown argument {unknown[0]}; `{name} --help` lists all")
@@ -42,7 +42,7 @@ def parse_command(
 
 @dataclass(frozen=True)
 class _Early:
-    """What decides about the defaults of all the rest."""
+    """The flags that decide the defaults of all others."""
 
     preset: str | None = None
     out: Path | None = None
@@ -92,7 +92,7 @@ def _cli(
     prog: str = "python -m train",
     description: str | None = None,
 ) -> tuple[T, list[str]]:
-    """tyro's parser, its framed error messages made into one line."""
+    """Call tyro's parser; turn its framed error messages into one line."""
     messages = io.StringIO()
     given: dict[str, Any] = {} if default is None else {"default": default}
     try:

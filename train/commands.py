@@ -1,4 +1,4 @@
-"""What `python -m train` does beside training: evaluate a checkpoint, compare runs, sweep."""
+"""The commands of `python -m train` other than training: evaluate, compare and sweep."""
 
 import dataclasses
 import io

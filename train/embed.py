@@ -21,7 +21,7 @@ def autocast(config: OptimConfig, device: torch.device) -> torch.autocast:
 def embed(
     model: EmbeddingNet, images: ImageSet, config: Config, ranks: Ranks, batch_size: int = 500
 ) -> tuple[Tensor, Tensor]:
-    """The embeddings [n, D] of a set in eval mode, and which of its images they are.
+    """Embed a set in eval mode: embeddings [n, D], and the indices of the images.
 
     Every process embeds a part; all of them get the whole.
     """

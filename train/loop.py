@@ -357,7 +357,7 @@ def describe(
     test_set: ImageSet,
     raw_recall: float | None,
 ) -> None:
-    """Say what is about to run."""
+    """Print what is about to run."""
     device = ranks.device
     size = sum(p.numel() for p in model.parameters())
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""

@@ -240,7 +240,7 @@ def _clear(flag: str, name: str) -> Iterator[None]:
 
 
 class CustomLoss(nn.Module):
-    """A module called as `loss(embeddings, labels)`, with what it lacks of a run's needs.
+    """Wrap a module called as `loss(embeddings, labels)`, adding what a run needs and it lacks.
 
     `seed` and `image_offset` of its forward, `param_groups`, `warmstart`, `decomposes` and
     `temperature` are used if it has them; see `nivmf_fast.losses.ProxyLoss` for their meaning.

@@ -61,7 +61,7 @@ class ClassBalancedBatches:
 
 
 class Batch(NamedTuple):
-    """What a process computes on; a NamedTuple, for torch to find the tensors to pin."""
+    """One process's part of a step; a NamedTuple, so that torch finds the tensors to pin."""
 
     images: Tensor  # uint8 [m, channels, size, size]
     labels: Tensor  # int64 [m]

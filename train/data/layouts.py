@@ -9,7 +9,7 @@ from train.config import DataConfig, RunError
 from train.data.glyphs import render_glyphs
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
-PARTIAL = "PARTIAL"  # a file of this name in a known set's folder: a part of the set is meant
+PARTIAL = "PARTIAL"  # a file of this name in a known set's folder: the set is meant to be partial
 
 Classes = list[tuple[str, list[str]]]  # names, and paths of images relative to some folder
 Found = tuple[Path, dict[str, Classes]]  # that folder, and the classes of "train" and "test"
@@ -57,7 +57,8 @@ def find_classes(config: DataConfig) -> tuple[Path, Path, dict[str, Classes]]:
         raise RunError(
             f"{root} has {_count(train)} to train on and {_count(test)} to test on, "
             f"but must have {_count(known.train)} and {_count(known.test)}: "
-            f"{known.advice}; if a part is meant, put an empty file {PARTIAL} into {root}"
+            f"{known.advice}; if the set is meant to be partial, create an empty file {PARTIAL} "
+            f"in {root}"
         )
     if min(train[0], test[0]) < 2:
         raise RunError(
@@ -113,7 +114,7 @@ def class_folders(folder: Path, part: str = "") -> Classes:
 
 
 def _is_own(path: Path) -> bool:
-    """Whether a name is no litter: macOS leaves "._x" behind, notebooks ".ipynb_checkpoints"."""
+    """Whether a name is not litter such as macOS's "._x" and notebooks' ".ipynb_checkpoints"."""
     return "._" not in path.name and not path.name.startswith(".")
 
 

@@ -1,6 +1,6 @@
 """Image sets, decoded and transformed.
 
-Images stay bytes here: the model normalises them on its device. A file's transparency and its EXIF
+Images are bytes here: the model normalises them on its device. A file's transparency and its EXIF
 orientation are ignored, as in the protocol's own pipeline.
 """
 
@@ -184,7 +184,7 @@ def decode(file: Path, channels: int) -> Image.Image:
 
 
 def in_memory(images: ImageSet, bar: "tqdm[None]") -> ImageSet:
-    """The set with every image decoded; bad images are named and left out, if they may be."""
+    """Decode every image; name bad ones and leave them out, if that is allowed."""
     pixels = torch.empty(
         (len(images), images.channels, images.size, images.size), dtype=torch.uint8
     )
