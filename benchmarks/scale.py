@@ -242,7 +242,7 @@ def fit(points: Sequence[dict[str, Any]]) -> dict[str, float]:
 def bytes_per_step(W: int, batch: int, dimension: int) -> float:
     """What a process sends: directions, norms, labels, log sums, and the gradients that return.
 
-    As nivmf_fast/distributed.py lists it, for counts that are equal in all processes.
+    As nivmf_fast/distributed/__init__.py lists it, for counts that are equal in all processes.
     """
     width = math.ceil(batch / W)
     gathered = width * (4 * (dimension + 1) + 8) + 4 * 8  # and what all agree on before

@@ -11,6 +11,8 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include "log_ppk.h"
+
 namespace nivmf {
 
 using torch::headeronly::ScalarType;
@@ -112,9 +114,19 @@ inline SampleSizes check_rsample_backward(const Tensor& grad, const Tensor& samp
   return {n, batch, dim};
 }
 
+inline void check_options(const LogPpkOptions& options) {
+  if (options.precision < 0 || options.precision >= kPrecisions) {
+    fail("precision is ", options.precision, ", expected 0 (float32) or 1 (fast)");
+  }
+  if (options.workspace < 0) {
+    fail("workspace is ", options.workspace, " bytes, expected at least 0");
+  }
+}
+
 // Returns the number of images.
 inline int64_t check_log_ppk(const Tensor& samples, const Tensor& loc, const Tensor& concentration,
-                             const Tensor& temperature) {
+                             const Tensor& temperature, const LogPpkOptions& options) {
+  check_options(options);
   if (samples.dim() != 3) {
     fail("samples has ", samples.dim(), " dimensions, expected [n, batch, dim]");
   }

@@ -1,53 +1,96 @@
-// Entry points of the log-PPK kernels for the CPU: raw pointers to contiguous memory, T is float or
-// double. The gradients are those of MATH in nivmf_fast/reference.py; the arrays are named and
-// shaped as the ops in nivmf_fast/_ops.py.
+// The contract of the log-PPK kernels: raw pointers to contiguous memory, no torch. T is float or
+// double. Arrays are named and shaped as in the ops of nivmf_fast/_schemas.py; the gradients are
+// derived in docs/math.md.
+//
+// All devices have the same entry points, named after them. CUDA's enqueue on `stream` (a
+// cudaStream_t), never synchronise, read labels and temperature on the device alone and return a
+// cudaError_t, so that a CUDA graph may capture them. The CPU's need no scratch, ignore `stream`
+// and return 0. Results are the same bits every time.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
+
+#include "host_device.h"
 
 namespace nivmf {
 
-template <typename T>
-struct LogPpk {
-  const T* samples;        // [n, batch, dim]
-  const T* loc;            // [proxies, dim]
-  const T* concentration;  // [proxies, dim]
-  int64_t n, batch, proxies, dim;
-  double temperature;
+// In the order of PRECISIONS in nivmf_fast/_schemas.py. The CPU computes both alike.
+enum Precision : int64_t { kFloat32, kFast, kPrecisions };
+
+// As Options in nivmf_fast/_schemas.py, in its order.
+struct LogPpkOptions {
   bool exact, projection;
-  int64_t workspace;  // bytes
+  int64_t precision;  // a Precision
+  int64_t workspace;  // bytes of scratch, and of what is saved for the backward
+  bool keep;          // whether scores are worth saving; a backward may follow in any case
+};
+
+struct LogPpkSizes {
+  int64_t samples, images, proxies, dim;  // N, B, P, D
+  LogPpkOptions options;
+};
+
+// What proxy_nca saves for its backward is an array of T of this shape.
+struct SavedShape {
+  int64_t rows, columns;
+};
+
+template <typename T>
+struct LogPpkInputs {
+  const T *samples, *loc, *concentration, *temperature;  // [N, B, D], [P, D], [P, D], []
+  const int64_t* labels;                                 // [B]; null for log_ppk
 };
 
 template <typename T>
 struct LogPpkGradients {
-  T* samples;
-  T* loc;
-  T* concentration;
-  T* temperature;
+  T *samples, *loc, *concentration, *temperature;
 };
 
-// `saved` of the proxy-NCA ops is [panels, columns]: per panel of `width` proxies each image's
-// largest score and, if `scores`, of every row (image, sample) the two products that make its
-// scores, [2, batch * n, width].
-struct SavedLayout {
-  int64_t width, panels, columns;
-  bool scores;
-};
-template <typename T>
-SavedLayout proxy_nca_saved_layout(const LogPpk<T>& op);
+// log2 of the softmax weight below which a tile is dead: an image has N P weights that sum to 1,
+// and those below this bound sum to less than half an ulp of 1. As dead_log2 in
+// nivmf_fast/_schemas.py.
+template <typename T, typename Samples>
+NIVMF_HD T dead_log2(Samples n, int64_t proxies) {
+  constexpr T kHalfUlp = sizeof(T) == 4 ? -24 : -53;
+  return kHalfUlp - std::log2(T(n) * T(proxies));
+}
 
-template <typename T>
-void proxy_nca_cpu(const LogPpk<T>& op, const int64_t* labels, T* losses, double* partial,
-                   T* saved);
-template <typename T>
-void proxy_nca_backward_cpu(const LogPpk<T>& op, const T* grad, const int64_t* labels,
-                            const double* partial, const T* saved, const LogPpkGradients<T>& out);
+// proxy_nca_saved, log_ppk_*_scratch_bytes: what the caller allocates, aligned to 256 bytes. Half
+// of CUDA's workspace bounds what is saved, half the scratch of one call; the scratch also holds
+// O(P) scalars when proxies are prepared at once, and up to 16 slabs of the samples' size for the
+// ordered sum of d_samples.
+//
+// proxy_nca: partial [4, B] is the maximum and log Z over these proxies, then over the own proxy
+// alone. Its backward takes grad [B] and partial as returned, or combined over the ranges of
+// proxies that separate calls have covered.
+//
+// log_ppk: values [B, P]; saved [2, B, P] is the samples' maximum in raw units and the log-sum-exp
+// relative to it; common [] is the bias that was left out. Its backward takes grad [B, P].
+#define NIVMF_LOG_PPK_ENTRY_POINTS(device)                                                       \
+  template <typename T>                                                                          \
+  SavedShape proxy_nca_saved_##device(const LogPpkSizes& sizes);                                 \
+  template <typename T>                                                                          \
+  int64_t log_ppk_forward_scratch_bytes_##device(const LogPpkSizes& sizes);                      \
+  template <typename T>                                                                          \
+  int64_t log_ppk_backward_scratch_bytes_##device(const LogPpkSizes& sizes);                     \
+  template <typename T>                                                                          \
+  int proxy_nca_##device(const LogPpkSizes& sizes, const LogPpkInputs<T>& in, T* losses,         \
+                         double* partial, void* saved, void* scratch, void* stream);             \
+  template <typename T>                                                                          \
+  int proxy_nca_backward_##device(const LogPpkSizes& sizes, const LogPpkInputs<T>& in,           \
+                                  const T* grad, const double* partial, const void* saved,       \
+                                  void* scratch, const LogPpkGradients<T>& out, void* stream);   \
+  template <typename T>                                                                          \
+  int log_ppk_##device(const LogPpkSizes& sizes, const LogPpkInputs<T>& in, T* values, T* saved, \
+                       double* common, void* scratch, void* stream);                             \
+  template <typename T>                                                                          \
+  int log_ppk_backward_##device(const LogPpkSizes& sizes, const LogPpkInputs<T>& in,             \
+                                const T* grad, const T* saved, void* scratch,                    \
+                                const LogPpkGradients<T>& out, void* stream);
 
-// saved [2, batch, proxies]: largest score over the samples, log of the sum that is left.
-template <typename T>
-void log_ppk_cpu(const LogPpk<T>& op, T* values, T* saved, double* common);
-template <typename T>
-void log_ppk_backward_cpu(const LogPpk<T>& op, const T* grad, const T* saved,
-                          const LogPpkGradients<T>& out);
+NIVMF_LOG_PPK_ENTRY_POINTS(cpu)
+NIVMF_LOG_PPK_ENTRY_POINTS(cuda)
+#undef NIVMF_LOG_PPK_ENTRY_POINTS
 
 }  // namespace nivmf

@@ -1,22 +1,13 @@
 // The random stream, the same in every backend: Philox 4x32-10 (Salmon et al., "Parallel random
 // numbers: as easy as 1, 2, 3", SC 2011), key = the seed's two words, counter = (block, sample,
-// image, purpose). purpose 0: block j gives the normals 4j .. 4j + 3. purpose a >= 1 is the a-th
+// image, part). part 0: block j gives the normals 4j .. 4j + 3. part a >= 1 is the a-th
 // attempt of the rejection: block 0 its uniforms, block r >= 1 round r of its gamma draw. No draw
 // depends on what another sample drew.
 #pragma once
 
 #include <cstdint>
 
-#if defined(__CUDACC__)
-#define NIVMF_HD __host__ __device__ __forceinline__
-#define NIVMF_UNROLL _Pragma("unroll")
-#elif defined(__GNUC__)
-#define NIVMF_HD inline __attribute__((always_inline))  // into callers built for a newer CPU
-#define NIVMF_UNROLL _Pragma("GCC unroll 64")
-#else
-#define NIVMF_HD inline
-#define NIVMF_UNROLL
-#endif
+#include "host_device.h"
 
 namespace nivmf {
 
@@ -53,8 +44,8 @@ struct SampleStream {
         sample(uint32_t(uint64_t(sample_index))),
         image(uint32_t(uint64_t(image_index))) {}
 
-  NIVMF_HD PhiloxWords words(uint32_t block, uint32_t purpose) const {
-    return philox(key0, key1, {block, sample, image, purpose});
+  NIVMF_HD PhiloxWords words(uint32_t block, uint32_t part) const {
+    return philox(key0, key1, {block, sample, image, part});
   }
 };
 

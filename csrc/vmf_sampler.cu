@@ -1,17 +1,8 @@
-// The vMF sampler on the GPU: one launch forward, one backward, no host synchronisation.
-//
-// Forward. What limits it is arithmetic, not memory: a normal costs some 60 instructions (a quarter
-// of a Philox block, half a logarithm, half a sine and cosine) for the 4 bytes it stores. So every
-// normal is made once and stays in registers: a group of 1 .. 32 lanes owns a sample, a lane holds
-// up to kQuads blocks of 4 normals, which are 16-byte stores with neighbouring lanes at
-// neighbouring addresses. Sums over the group are butterflies, so all its lanes hold the same bits
-// and walk the rejection loop together, each repeating the scalar arithmetic: no broadcast and no
-// divergence inside a group. Above 1024 dimensions a block owns a sample and the output row, which
-// stays in cache, is where the normals wait.
-//
-// Backward. It reads (grad, samples) and is limited by memory; a block owns an image, so both
-// passes over its rows (sums of every row, then the weighted sum of the rows) meet the second time
-// in cache, and every sum has one fixed order: no atomics.
+// The vMF sampler on the GPU: x = w mu + sqrt(1 - w^2) t, w by rejection from vmf_radial.h, t the
+// direction of normals across mu; backward: dw/dk from vmf_radial_gradient.h.
+// In and out as vmf_kernels.h says; called by registration_cuda.cpp. One launch each way: forward a
+// group of lanes, or beyond 1024 dimensions a block, owns a sample; backward a block owns an image.
+// No atomics, every sum has one order. docs/design/sampler.md says why.
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
@@ -19,7 +10,7 @@
 #include <type_traits>
 
 #include "vmf_kernels.h"
-#include "vmf_math.h"
+#include "vmf_radial_gradient.h"
 
 namespace nivmf {
 namespace {
@@ -149,7 +140,7 @@ struct Row {
   int64_t sample, image;
 };
 
-// 64-bit division is slow, and almost never needed.
+// 64-bit division is slow and almost never needed.
 __device__ __forceinline__ Row split_row(int64_t row, int64_t batch) {
   if ((row | batch) >> 32 == 0) {
     const uint32_t sample = uint32_t(row) / uint32_t(batch);
@@ -158,7 +149,7 @@ __device__ __forceinline__ Row split_row(int64_t row, int64_t batch) {
   return {row / batch, row % batch};
 }
 
-// x = along loc + scale v: where the sample lies once v, the normals less `taken` mu, is known.
+// The sample is x = along loc + scale v, where v is the normals minus `taken` mu.
 template <typename T>
 struct Placement {
   T along, scale, one_minus_w;
@@ -175,11 +166,14 @@ __device__ __forceinline__ Placement<T> place(T g, T chi2, T taken, T length, co
   return {(radial.w + scale * taken) / length, scale, radial.one_minus_w};
 }
 
+// A group of kGroup lanes owns a sample, and a lane up to kQuads blocks of 4 normals, which stay in
+// registers. Sums over the group are butterflies, so that all its lanes hold the same bits and run
+// the rejection loop together, without a broadcast and without divergence inside a group.
 template <typename T, int kGroup, int kQuads>
 __global__ void __launch_bounds__(kThreads) rsample_kernel(const Forward<T> op) {
   constexpr int kGroups = kThreads / kGroup;
-  // In few dimensions the tangent can be short, and the rounding that the first pass leaves along
-  // mu is then seen.
+  // In few dimensions the tangent can be short, so that the rounding error that the first pass
+  // leaves along mu would show.
   constexpr bool kTwice = kGroup < 32;
   const int lane = threadIdx.x % kGroup, dim = int(op.dim);
   const int64_t rows = op.n * op.batch, stride = int64_t(gridDim.x) * kGroups;
@@ -227,7 +221,8 @@ __global__ void __launch_bounds__(kThreads) rsample_kernel(const Forward<T> op) 
     if (lane == 0) op.one_minus_w[row_offset(row.sample, row.image, op.batch, 1)] = at.one_minus_w;
   }
 }
-// As above for any dim: a block owns the sample, and the normals wait in its output row.
+// The same for any dim: a block owns a sample and keeps its normals in the output row, which stays
+// in cache.
 template <typename T>
 __global__ void __launch_bounds__(kThreads) rsample_large_kernel(const Forward<T> op) {
   const int dim = int(op.dim), quads = (dim - 1) / 4 + 1;
@@ -280,7 +275,7 @@ struct Backward {
   bool aligned;
 };
 
-// phi by a whole warp: the quadrature's nodes are spread over its lanes.
+// phi, computed by a whole warp: the quadrature's nodes are spread over its lanes.
 template <typename T>
 __device__ __forceinline__ T warp_radial_gradient(T one_minus_w, const RadialGradient<T>& image,
                                                   const RadialGradientPlan<T>& plan) {
@@ -293,9 +288,10 @@ __device__ __forceinline__ T warp_radial_gradient(T one_minus_w, const RadialGra
   return q.scale * group_sum<32>(sum);
 }
 
-// `width` threads (a power of two) side by side cover a row's quads; with few quads kThreads /
-// width samples go in parallel. (Asked for 4 blocks per multiprocessor, ptxas uses the registers it
-// may and spills none in double.)
+// A block owns an image, so that its second pass over the rows finds them in cache and every sum
+// has one fixed order. `width` neighbouring threads (a power of two) cover a row's quads; with few
+// quads, kThreads / width samples run in parallel. (With 4 blocks per multiprocessor as the bound,
+// ptxas uses the registers it may and spills none in double.)
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 4)
     rsample_backward_kernel(const Backward<T> op,
@@ -396,7 +392,7 @@ bool aligned_rows(int64_t dim, std::initializer_list<const void*> pointers) {
   return dim % 4 == 0 && std::all_of(pointers.begin(), pointers.end(), aligned);
 }
 
-// The smallest group that holds a row, then more quads per lane.
+// Takes the smallest group that holds a row, then more quads per lane.
 template <int kGroup, int kQuads, typename T>
 void launch_rsample(const Forward<T>& op, cudaStream_t stream) {
   const int64_t rows = op.n * op.batch;

@@ -1,37 +1,28 @@
-// The vMF sampler on the CPU. The normals are the work (Philox, two logarithms, two sines and
-// cosines for every four), so their loop runs over kBlocks counters at a time in code that the
-// compiler vectorises: own polynomials, since libm's functions do not vectorise, and no branch. All
-// loops over dimensions run over whole groups of kLanes on zero-padded copies: a sum has one order,
-// and no element meets a remainder loop that might contract its multiply-adds differently, so a
-// sample has the same bits in any batch, split and number of threads. Rows go image by image, so
-// that a mean direction is normalised once per image and stays in cache, as do the normals: a
-// sample's row is written once and never read.
+// The vMF sampler on the CPU: x = w mu + sqrt(1 - w^2) t, w by rejection from vmf_radial.h, t the
+// direction of normals across mu; backward: dw/dk from vmf_radial_gradient.h.
+// In and out as vmf_kernels.h says; called by registration_cpu.cpp. Loops over dimensions run over
+// whole groups of kGroup on zero-padded copies, so that a sum has one order and a sample the same
+// bits in any batch, split and number of threads. docs/design/sampler.md says why.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <vector>
 
 #include "parallel.h"
+#include "simd.h"
 #include "vmf_kernels.h"
-#include "vmf_math.h"
+#include "vmf_radial_gradient.h"
 
-#if defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12 && defined(__x86_64__) && \
-    defined(__gnu_linux__)
-#define NIVMF_CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
-#else
-#define NIVMF_CLONES
-#endif
 #if defined(__GNUC__) && !defined(__clang__) && !defined(__NO_MATH_ERRNO__)
 #warning "compile with -fno-math-errno: otherwise sqrt keeps the loop over normals from vectorising"
 #endif
-#define NIVMF_INLINE inline __attribute__((always_inline))
 
 namespace nivmf {
 namespace {
 
-constexpr int kBlocks = 16, kLanes = 4 * kBlocks;
+constexpr int kBlocks = 16, kGroup = 4 * kBlocks;
 
-int64_t padded(int64_t dim) { return (dim + kLanes - 1) / kLanes * kLanes; }
+int64_t padded(int64_t dim) { return round_up(dim, kGroup); }
 
 template <typename T>
 NIVMF_INLINE void draw_normals(const SampleStream& stream, uint32_t first_block,
@@ -49,7 +40,7 @@ NIVMF_INLINE void draw_normals(const SampleStream& stream, uint32_t first_block,
 
 template <typename T>
 NIVMF_INLINE T sum_lanes(T* lanes) {
-  for (int width = kLanes / 2; width > 0; width /= 2) {
+  for (int width = kGroup / 2; width > 0; width /= 2) {
     for (int l = 0; l < width; ++l) lanes[l] += lanes[l + width];
   }
   return lanes[0];
@@ -57,9 +48,9 @@ NIVMF_INLINE T sum_lanes(T* lanes) {
 
 template <typename T>
 NIVMF_INLINE T dot(const T* __restrict__ a, const T* __restrict__ b, int64_t size) {
-  T lanes[kLanes] = {};
-  for (int64_t d = 0; d < size; d += kLanes) {
-    for (int l = 0; l < kLanes; ++l) lanes[l] += a[d + l] * b[d + l];
+  T lanes[kGroup] = {};
+  for (int64_t d = 0; d < size; d += kGroup) {
+    for (int l = 0; l < kGroup; ++l) lanes[l] += a[d + l] * b[d + l];
   }
   return sum_lanes(lanes);
 }
@@ -107,22 +98,21 @@ NIVMF_INLINE void forward_rows(const Forward<T>& op, int64_t begin, int64_t end)
       continue;
     }
     const SampleStream stream(op.seed, sample, image + op.image_offset);
-    for (int64_t d = 0; d < size; d += kLanes) draw_normals(stream, uint32_t(d / 4), v + d);
+    for (int64_t d = 0; d < size; d += kGroup) draw_normals(stream, uint32_t(d / 4), v + d);
     std::fill(v + dim, v + size, T(0));
 
     const T g = dot(v, mu, size);
-    T lanes[kLanes] = {};
-    for (int64_t d = 0; d < size; d += kLanes) {
-      for (int l = 0; l < kLanes; ++l) {
+    T lanes[kGroup] = {};
+    for (int64_t d = 0; d < size; d += kGroup) {
+      for (int l = 0; l < kGroup; ++l) {
         v[d + l] -= g * mu[d + l];
         lanes[l] += v[d + l] * mu[d + l];
       }
     }
-    const T rest =
-        sum_lanes(lanes);  // once more: at small D the rounding of the first pass is seen
-    std::fill_n(lanes, kLanes, T(0));
-    for (int64_t d = 0; d < size; d += kLanes) {
-      for (int l = 0; l < kLanes; ++l) {
+    const T rest = sum_lanes(lanes);  // once more: at small D the first pass's rounding is seen
+    std::fill_n(lanes, kGroup, T(0));
+    for (int64_t d = 0; d < size; d += kGroup) {
+      for (int l = 0; l < kGroup; ++l) {
         v[d + l] -= rest * mu[d + l];
         lanes[l] += v[d + l] * v[d + l];
       }
@@ -130,8 +120,8 @@ NIVMF_INLINE void forward_rows(const Forward<T>& op, int64_t begin, int64_t end)
     const T chi2 = std::max(sum_lanes(lanes), T(1e-30));
     const Radial<T> radial = draw_radial(g, chi2, law, stream);
     const T scale = radial.s / std::sqrt(chi2);
-    for (int64_t d = 0; d < size; d += kLanes) {
-      for (int l = 0; l < kLanes; ++l) v[d + l] = radial.w * mu[d + l] + scale * v[d + l];
+    for (int64_t d = 0; d < size; d += kGroup) {
+      for (int l = 0; l < kGroup; ++l) v[d + l] = radial.w * mu[d + l] + scale * v[d + l];
     }
     std::copy_n(v, dim, out);
     one_minus_w = radial.one_minus_w;
@@ -150,11 +140,11 @@ struct Backward {
   T* grad_concentration;
 };
 
-// kLanes elements from d on, zero beyond dim: in place or, at the end of a row, copied.
+// kGroup elements from d on, zero beyond dim: in place or, at the end of a row, copied.
 template <typename T>
 NIVMF_INLINE const T* lanes_at(const T* row, int64_t d, int64_t dim, T* copy) {
-  if (d + kLanes <= dim) return row + d;
-  std::fill_n(copy, kLanes, T(0));
+  if (d + kGroup <= dim) return row + d;
+  std::fill_n(copy, kGroup, T(0));
   std::copy_n(row + d, dim - d, copy);
   return copy;
 }
@@ -165,7 +155,7 @@ NIVMF_INLINE void backward_images(const Backward<T>& op, const RadialGradientPla
   const int64_t dim = op.dim, size = padded(dim);
   std::vector<T> buffer(2 * size);
   T *const mu = buffer.data(), *const step = mu + size;
-  T grad_copy[kLanes], sample_copy[kLanes];
+  T grad_copy[kGroup], sample_copy[kGroup];
   for (int64_t image = begin; image < end; ++image) {
     const T k = op.concentration[image];
     const T length = load_image(op.loc + image * dim, k, dim, mu);
@@ -182,20 +172,20 @@ NIVMF_INLINE void backward_images(const Backward<T>& op, const RadialGradientPla
       const int64_t offset = row_offset(sample, image, op.batch, dim);
       const T one_minus_w = op.one_minus_w[row_offset(sample, image, op.batch, 1)];
       const T w = 1 - one_minus_w;
-      T along_lanes[kLanes] = {}, apart_lanes[kLanes] = {};
-      for (int64_t d = 0; d < size; d += kLanes) {
+      T along_lanes[kGroup] = {}, apart_lanes[kGroup] = {};
+      for (int64_t d = 0; d < size; d += kGroup) {
         const T* g = lanes_at(op.grad + offset, d, dim, grad_copy);
         const T* x = lanes_at(op.samples + offset, d, dim, sample_copy);
-        for (int l = 0; l < kLanes; ++l) {
+        for (int l = 0; l < kGroup; ++l) {
           along_lanes[l] += g[l] * mu[d + l];
           apart_lanes[l] += g[l] * (mu[d + l] - x[l]);
         }
       }
       const T along = sum_lanes(along_lanes), apart = sum_lanes(apart_lanes);
-      for (int64_t d = 0; d < size; d += kLanes) {
+      for (int64_t d = 0; d < size; d += kGroup) {
         const T* g = lanes_at(op.grad + offset, d, dim, grad_copy);
         const T* x = lanes_at(op.samples + offset, d, dim, sample_copy);
-        for (int l = 0; l < kLanes; ++l) step[d + l] += w * g[l] - along * x[l];
+        for (int l = 0; l < kGroup; ++l) step[d + l] += w * g[l] - along * x[l];
       }
       grad_k += radial_gradient(one_minus_w, radial, plan) * (one_minus_w * along + w * apart);
     }
@@ -226,33 +216,36 @@ constexpr int64_t kGrain = 1 << 14;  // elements worth waking a thread for
 }  // namespace
 
 template <typename T>
-void vmf_rsample_cpu(const T* loc, const T* concentration, const int64_t* seed,
-                     int64_t image_offset, int64_t n, int64_t batch, int64_t dim, T* samples,
-                     T* one_minus_w) {
+int vmf_rsample_cpu(const T* loc, const T* concentration, const int64_t* seed, int64_t image_offset,
+                    int64_t n, int64_t batch, int64_t dim, T* samples, T* one_minus_w, void*) {
   const Forward<T> op = {loc,   concentration, *seed,   image_offset, n,
                          batch, dim,           samples, one_minus_w};
   parallel_for(0, n * batch, std::max<int64_t>(1, kGrain / padded(dim)),
                [&](int64_t begin, int64_t end) { run_forward(op, begin, end); });
+  return 0;
 }
 
 template <typename T>
-void vmf_rsample_backward_cpu(const T* grad, const T* samples, const T* one_minus_w, const T* loc,
-                              const T* concentration, int64_t n, int64_t batch, int64_t dim,
-                              T* grad_loc, T* grad_concentration) {
+int vmf_rsample_backward_cpu(const T* grad, const T* samples, const T* one_minus_w, const T* loc,
+                             const T* concentration, int64_t n, int64_t batch, int64_t dim,
+                             T* grad_loc, T* grad_concentration, void*) {
   const RadialGradientPlan<T> plan = make_radial_gradient_plan<T>(dim);
   const Backward<T> op = {grad, samples, one_minus_w, loc,      concentration,
                           n,    batch,   dim,         grad_loc, grad_concentration};
   parallel_for(0, batch, std::max<int64_t>(1, kGrain / padded(dim) / std::max<int64_t>(n, 1)),
                [&](int64_t begin, int64_t end) { run_backward(op, plan, begin, end); });
+  return 0;
 }
 
-template void vmf_rsample_cpu(const float*, const float*, const int64_t*, int64_t, int64_t, int64_t,
-                              int64_t, float*, float*);
-template void vmf_rsample_cpu(const double*, const double*, const int64_t*, int64_t, int64_t,
-                              int64_t, int64_t, double*, double*);
-template void vmf_rsample_backward_cpu(const float*, const float*, const float*, const float*,
-                                       const float*, int64_t, int64_t, int64_t, float*, float*);
-template void vmf_rsample_backward_cpu(const double*, const double*, const double*, const double*,
-                                       const double*, int64_t, int64_t, int64_t, double*, double*);
+template int vmf_rsample_cpu(const float*, const float*, const int64_t*, int64_t, int64_t, int64_t,
+                             int64_t, float*, float*, void*);
+template int vmf_rsample_cpu(const double*, const double*, const int64_t*, int64_t, int64_t,
+                             int64_t, int64_t, double*, double*, void*);
+template int vmf_rsample_backward_cpu(const float*, const float*, const float*, const float*,
+                                      const float*, int64_t, int64_t, int64_t, float*, float*,
+                                      void*);
+template int vmf_rsample_backward_cpu(const double*, const double*, const double*, const double*,
+                                      const double*, int64_t, int64_t, int64_t, double*, double*,
+                                      void*);
 
 }  // namespace nivmf

@@ -1,6 +1,6 @@
 """von Mises-Fisher distributions for PyTorch, and probabilistic proxy losses built on them."""
 
-from nivmf_fast._ops import which_backend
+from nivmf_fast._backends import backends, which_backend
 from nivmf_fast.distributions import (
     HypersphericalUniform,
     NonIsotropicVonMisesFisher,
@@ -37,6 +37,7 @@ __all__ = [
     "NonIsotropicVonMisesFisher",
     "VMFProductKernelLoss",
     "VonMisesFisher",
+    "backends",
     "log_ppk",
     "proxy_nca",
     "vmf_kl",

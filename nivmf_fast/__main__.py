@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from nivmf_fast import _ops
+from nivmf_fast import _backends
 
 
 def _version(distribution: str) -> str:
@@ -30,7 +30,7 @@ def _gpus() -> Iterator[str]:
 
 
 def _facts() -> Iterator[tuple[str, str]]:
-    build = _ops.build_info()
+    build = _backends.build_info()
     yield "nivmf_fast", f"{_version('nivmf-fast')} in {Path(__file__).parent}"
     yield "python", f"{platform.python_version()} in {sys.prefix}"
     yield "torch", f"{torch.__version__}, kernels built for {build.get('torch', 'no torch')}"
@@ -51,11 +51,11 @@ def _report() -> Iterator[str]:
         yield f"{name:<12}{fact}"
     yield ""
     yield f"{'backend':<12}{'built':<7}usable"
-    for backend in _ops.backends().values():
-        built, usable = ("yes" if state else "no" for state in (backend.built, backend.usable))
-        yield f"{backend.name:<12}{built:<7}{usable:<8}{backend.reason}".rstrip()
-        if backend.remedy:
-            yield f"{'':<12}to change that: {backend.remedy}"
+    for name, state in _backends.backends().items():
+        built, usable = ("yes" if fact else "no" for fact in (state.built, state.usable))
+        yield f"{name:<12}{built:<7}{usable:<8}{state.reason}".rstrip()
+        if state.remedy:
+            yield f"{'':<12}to change that: {state.remedy}"
 
 
 if __name__ == "__main__":

@@ -68,6 +68,12 @@ SCHEMAS = {
     ),
 }
 
-# The shape of what `proxy_nca` saves, which its fake kernel asks a compiled library for; it
-# registers this as proxy_nca_saved_cpu or proxy_nca_saved_cuda.
+
+def takes_options(op: str) -> bool:
+    """Whether the last arguments of an op are those of `Options`."""
+    return SCHEMAS[op][0].endswith(_OPTIONS)
+
+
+# The shape of what `proxy_nca` saves in a compiled library, which registers this as
+# proxy_nca_saved_cpu or proxy_nca_saved_cuda for the fake kernel.
 SAVED_SCHEMA = f"int n, int batch, int proxies, int dim, bool double, {_OPTIONS}"

@@ -1,4 +1,4 @@
-"""Backward formulas, registered for every op that has one."""
+"""Backward formulas, registered for every op that has one; the loss over shards has its own."""
 
 from typing import Any
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from nivmf_fast import _ops, special  # noqa: F401  (_ops defines the operators)
+from nivmf_fast._partials import loss_of_partial
 
 DOUBLE_BACKWARD = (
     "{op} can be differentiated once: {why}; a second derivative was asked for (create_graph=True?)"
@@ -44,39 +45,66 @@ def _rsample(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...
     return (*into, None, None, None, None)
 
 
+# How many arguments of the ops are tensors; the options and the backend follow, and the backward
+# takes them as they are.
+_LOG_PPK_TENSORS, _PROXY_NCA_TENSORS = 4, 5
+
+
 def _save_log_ppk(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    tensors, ctx.options = inputs[:4], inputs[4:]
     _, saved, common = output
     ctx.mark_non_differentiable(saved, common)
-    ctx.save_for_backward(*tensors, saved)
+    ctx.save_for_backward(*inputs[:_LOG_PPK_TENSORS], saved)
+    ctx.options = inputs[_LOG_PPK_TENSORS:]
     ctx.set_materialize_grads(False)
-
-
-def _save_proxy_nca(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    tensors, ctx.options = inputs[:5], inputs[5:]
-    _, partial, saved = output
-    ctx.mark_non_differentiable(partial, saved)
-    ctx.save_for_backward(*tensors, partial, saved)
-    ctx.set_materialize_grads(False)
-
-
-def _kernel_backward(ctx: Any, op: Any, grad: Tensor) -> tuple[Tensor, ...]:
-    gradients: tuple[Tensor, ...] = op(grad.contiguous(), *ctx.saved_tensors, *ctx.options)
-    return gradients
 
 
 def _log_ppk(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    no_gradients = (None,) * len(ctx.options)
     if grad is None:
-        return (None,) * 10
-    into = _kernel_backward(ctx, torch.ops.nivmf_fast.log_ppk_backward, grad)
-    return (*into, *(None,) * 6)
+        return (None,) * _LOG_PPK_TENSORS + no_gradients
+    backward = torch.ops.nivmf_fast.log_ppk_backward
+    return (*backward(grad.contiguous(), *ctx.saved_tensors, *ctx.options), *no_gradients)
+
+
+def _save_proxy_nca(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, partial, saved = output
+    ctx.mark_non_differentiable(partial, saved)
+    ctx.save_for_backward(*inputs[:_PROXY_NCA_TENSORS], partial, saved)
+    ctx.options = inputs[_PROXY_NCA_TENSORS:]
+    ctx.set_materialize_grads(False)
 
 
 def _proxy_nca(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    no_gradients = (None,) * len(ctx.options)
     if grad is None:
-        return (None,) * 11
-    *into, d_temperature = _kernel_backward(ctx, torch.ops.nivmf_fast.proxy_nca_backward, grad)
-    return (*into, None, d_temperature, *(None,) * 6)
+        return (None,) * _PROXY_NCA_TENSORS + no_gradients
+    return (*_proxy_nca_gradients(ctx, grad), *no_gradients)
+
+
+def _proxy_nca_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    *into, d_temperature = torch.ops.nivmf_fast.proxy_nca_backward(
+        grad.contiguous(), *ctx.saved_tensors, *ctx.options
+    )
+    return (*into, None, d_temperature)
+
+
+class ShardedProxyNCA(torch.autograd.Function):
+    """`proxy_nca` of a range of proxies: `combine` makes the partial of all ranges in between.
+
+    Takes the five tensors of the op, `combine`, and the op's flat options with the backend.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        *tensors, combine, ctx.options = inputs
+        _, partial, saved = torch.ops.nivmf_fast.proxy_nca(*tensors, *ctx.options)
+        combined = combine(partial)
+        ctx.save_for_backward(*tensors, combined, saved)
+        return loss_of_partial(combined, tensors[-1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return (*_proxy_nca_gradients(ctx, grad), None, None)
 
 
 def _refuse(op: str, why: str) -> Any:

@@ -1,8 +1,8 @@
 """Proxy losses of deep metric learning as modules: `loss(embeddings, labels)`.
 
 Every class has a proxy; a loss is the cross-entropy of an image's similarities to all proxies, or
-a binomial deviance of them. The similarities of Kirchhof et al. (ECCV 2022) differ in what an image
-and a proxy are taken to be:
+a binomial deviance of them. The similarities of Kirchhof et al. (ECCV 2022) differ in how they
+model an image and a proxy:
 
     ELNivMFLoss           image vMF, proxy non-isotropic vMF: log-PPK over samples of the image
     VMFProductKernelLoss  both vMF: closed-form log-PPK (rho 1: EL-vMF, rho 0.5: B-vMF)
@@ -21,16 +21,16 @@ import torch
 from torch import Tensor
 
 from nivmf_fast import special
+from nivmf_fast._checks import check_options, require, require_int
 from nivmf_fast._schemas import Normalizer, Precision
 from nivmf_fast.functional import (
-    check_options,
     log_ppk,
     proxy_nca,
     vmf_kl,
     vmf_log_ppk,
     vmf_rsample,
 )
-from nivmf_fast.proxy_loss import ProxyLoss, _Images, require, require_int
+from nivmf_fast.proxy_loss import ProxyLoss, _Images
 
 
 class _NonIsotropicLoss(ProxyLoss):
@@ -66,9 +66,9 @@ class _NonIsotropicLoss(ProxyLoss):
 
     def _similarity(self, images: _Images, subset: Tensor | None) -> Tensor:
         samples, proxies, T = self._samples(images), self._proxies(subset), self.temperature
-        # In float64, because the constant is taken off a sum. `constants=False` would also take
-        # off what all proxies share and what moves with their concentrations: a softmax may go
-        # without that, what compares s_ij with a threshold may not.
+        # In float64, because the constant is taken off a sum. `constants=False` would also drop
+        # terms that all proxies share and that move with their concentrations: a softmax cancels
+        # them, but a deviance compares s_ij with a threshold.
         s = log_ppk(samples.double(), *proxies, T, **self.kernel_options)
         uniform = special.log_uniform_density(self.embedding_dim)
         return (s - uniform / T.double()).to(samples.dtype)
@@ -214,7 +214,7 @@ class CosineProxyLoss(ProxyLoss):
             return loc @ mu.to(loc.dtype).T / self.temperature
 
 
-# By the names of the paper: the class, and the options that make it the loss of that name.
+# The losses of the paper by name: the class, and the options that make it that loss.
 PAPER_LOSSES: dict[str, tuple[type[ProxyLoss], dict[str, Any]]] = {
     "el-nivmf": (ELNivMFLoss, {}),
     "el-vmf": (VMFProductKernelLoss, {"rho": 1.0}),

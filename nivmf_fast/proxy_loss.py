@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
-from nivmf_fast.functional import check_all, check_labels, checks_values
+from nivmf_fast._checks import check_all, check_labels, checks_values, require, require_int
 
 Axis = Literal["images", "classes"]
 MIN_CONCENTRATION = 0.1  # proxy concentrations are clamped from below on use
@@ -76,18 +76,6 @@ def anchor_terms(
 
     attract = log_one_plus_sum(-alpha * (similarities - delta), positive)
     return attract, log_one_plus_sum(alpha * (similarities + delta), ~positive)
-
-
-def require(name: str, value: object, ok: bool, rule: str) -> None:
-    """Raise a ValueError about the option unless it is ok."""
-    if not ok:
-        raise ValueError(f"{name} must be {rule}; got {value!r}")
-
-
-def require_int(name: str, value: object, least: int) -> None:
-    """Raise a ValueError unless the option is an int, at least that."""
-    ok = isinstance(value, int) and not isinstance(value, bool) and value >= least
-    require(name, value, ok, f"an int, at least {least}")
 
 
 class ProxyLoss(nn.Module):

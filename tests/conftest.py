@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from nivmf_fast import _ops
+import nivmf_fast
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # a worker per core: threads would only wait for each other
     torch.set_num_threads(1)
@@ -32,7 +32,7 @@ def golden(name: str) -> Any:
 
 def device_of(backend: str) -> str:
     """The device that a backend is tested on; skips, with the reason, if it cannot run here."""
-    state = _ops.backends()[backend]
+    state = nivmf_fast.backends()[backend]
     if not state.usable:
         pytest.skip(f"backend {backend}: {state.reason}")
     return "cpu" if backend in ("reference", "cpu") else "cuda"

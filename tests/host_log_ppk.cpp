@@ -1,8 +1,24 @@
 // csrc/log_ppk_kernel.cu, launchers and all, compiled for the host: tests/test_log_ppk_cuda.py
 // calls it through ctypes.
+#include "log_ppk_plan.h"  // first: it must compile without CUDA, real or on the host
+//
 #include "cuda_on_host.h"
 //
 #include "log_ppk_kernel.cu"
+
+// The fields of Plan in test_log_ppk_cuda.py, with the bytes that the plan asks for.
+template <typename T>
+void plan(const nivmf::LogPpkSizes& s, bool has_tensor_cores, int64_t* out) {
+  using namespace nivmf::ppk;
+  const Plan<T> p(s, has_tensor_cores);
+  Arena saved(nullptr), forward(nullptr), backward(nullptr);
+  Saved<T>(p, saved);
+  ForwardScratch<T>(p, true, forward);
+  BackwardScratch<T>(p, true, s.samples * s.images * s.dim, backward);
+  const int64_t fields[] = {p.tile,       p.blocks,       p.chunk,        p.back_chunk,
+                            saved.size(), forward.size(), backward.size()};
+  std::copy(std::begin(fields), std::end(fields), out);
+}
 
 extern "C" {
 
@@ -11,14 +27,17 @@ int64_t host_launches() { return host::launches; }
 int64_t host_copies() { return host::copies; }
 
 #define NIVMF_HOST(T, name)                                                                       \
+  void plan_##name(const nivmf::LogPpkSizes* s, bool has_tensor_cores, int64_t* out) {            \
+    plan<T>(*s, has_tensor_cores, out);                                                           \
+  }                                                                                               \
   int64_t saved_bytes_##name(const nivmf::LogPpkSizes* s) {                                       \
-    return nivmf::proxy_nca_saved_bytes<T>(*s);                                                   \
+    return nivmf::proxy_nca_saved_cuda<T>(*s).columns * int64_t(sizeof(T));                       \
   }                                                                                               \
   int64_t forward_bytes_##name(const nivmf::LogPpkSizes* s) {                                     \
-    return nivmf::log_ppk_forward_scratch_bytes<T>(*s);                                           \
+    return nivmf::log_ppk_forward_scratch_bytes_cuda<T>(*s);                                      \
   }                                                                                               \
   int64_t backward_bytes_##name(const nivmf::LogPpkSizes* s) {                                    \
-    return nivmf::log_ppk_backward_scratch_bytes<T>(*s);                                          \
+    return nivmf::log_ppk_backward_scratch_bytes_cuda<T>(*s);                                     \
   }                                                                                               \
   int proxy_nca_##name(const nivmf::LogPpkSizes* s, const nivmf::LogPpkInputs<T>* in, T* losses,  \
                        double* partial, void* saved, void* scratch) {                             \

@@ -16,10 +16,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from nivmf_fast import _ops
+import nivmf_fast
+from nivmf_fast import _backends
 
 ROOT = Path(__file__).parents[1]
-INFO = _ops.build_info()
+INFO = _backends.build_info()
 SITE_PACKAGES = sysconfig.get_path("purelib")
 NOWHERE = "/nowhere/c++"
 CUDA_TORCH = (Path(torch.__file__).parent / "lib" / "libtorch_cuda.so").exists()
@@ -94,7 +95,7 @@ def install(tmp_path: Path) -> Callable[[Path], Path]:
 
 CALL_AN_OP = """
 import torch, nivmf_fast
-from nivmf_fast import _ops
+from nivmf_fast import _backends
 backend = nivmf_fast.which_backend("vmf_log_normalizer", "cpu")
 k = torch.tensor([0.0, 10.0], dtype=torch.float64)
 g = nivmf_fast.vmf_log_normalizer(k, 8)
@@ -287,10 +288,10 @@ def test_the_module_run_reports_every_version_and_backend() -> None:
         *("platform", "cpu", "gpu"),
     }
     assert f"{torch.__version__}, kernels built for {INFO.get('torch', 'no torch')}" in facts
-    for backend in _ops.backends().values():
-        built, usable = ("yes" if state else "no" for state in (backend.built, backend.usable))
-        assert re.search(rf"^{backend.name} +{built} +{usable}\b", backends, re.MULTILINE)
-        assert backend.usable or (backend.reason in backends and backend.remedy in backends)
+    for name, state in nivmf_fast.backends().items():
+        built, usable = ("yes" if fact else "no" for fact in (state.built, state.usable))
+        assert re.search(rf"^{name} +{built} +{usable}\b", backends, re.MULTILINE)
+        assert state.usable or (state.reason in backends and state.remedy in backends)
 
 
 @pytest.fixture

@@ -201,12 +201,13 @@ def check_sparse_adam(group: Any, W: int, folder: str) -> dict[str, Any]:
 
 def check_start(group: Any, W: int) -> torch.Tensor:
     torch.manual_seed(4)
-    part = ClassParallelELNivMFLoss(distributed.BLOCK + 37, 4, group=group)
-    block, distributed.BLOCK = distributed.BLOCK, 1000  # of what is gathered; not of the start
+    part = ClassParallelELNivMFLoss(distributed.losses.SEED_BLOCK + 37, 4, group=group)
+    checkpoint = distributed.checkpoint
+    block, checkpoint.BLOCK = checkpoint.BLOCK, 1000
     try:
         return part.full_state_dict()["proxies"]
     finally:
-        distributed.BLOCK = block
+        checkpoint.BLOCK = block
 
 
 def check_warmstart(group: Any, W: int) -> float:

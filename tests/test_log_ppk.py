@@ -10,9 +10,11 @@ import pytest
 import torch
 from conftest import SPLIT, device_of, golden
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import nivmf_fast
-from nivmf_fast import _ops, reference
+from nivmf_fast import _backends, reference
+from nivmf_fast._partials import combine_partials, loss_of_partial
 from nivmf_fast._schemas import Options
 
 GOLDEN = golden("nivmf")["entries"]
@@ -317,13 +319,13 @@ def test_isotropic_proxies_are_plain_vmf(backend):
 
 def test_skipping_what_is_dead_changes_no_gradient():
     """Each panel's maxima lead `saved`: with all of them at infinity nothing is dead."""
-    if not _ops.backends()["cpu"].usable:
-        pytest.skip(f"backend cpu: {_ops.backends()['cpu'].reason}")
+    if not nivmf_fast.backends()["cpu"].usable:
+        pytest.skip(f"backend cpu: {nivmf_fast.backends()['cpu'].reason}")
     batch = make_batch(5, 64, 2000, 128, 0.01)
     N, B, P = 5, 64, 2000
     for workspace in (1 << 26, 1 << 16):  # scores kept, scores computed twice
         given = *batch[:3], batch.labels, batch.temperature
-        options = True, True, False, workspace
+        options = True, True, 0, workspace, True
         op = torch.ops.nivmf_kernels
         values, partial, saved = op.proxy_nca(*given, *options)
         assert values.mean() > 0.1
@@ -338,6 +340,33 @@ def test_skipping_what_is_dead_changes_no_gradient():
         for got, want in zip(skipped, whole, strict=True):
             assert relative(got.double(), want.double()) <= 1e-7
         assert not all(map(torch.equal, skipped, whole))  # something was skipped
+
+
+class RecordOptions(TorchDispatchMode):
+    """Keeps the options that the ops of log-PPK are called with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Options] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.name() in ("nivmf_fast::log_ppk", "nivmf_fast::proxy_nca"):
+            self.seen.append(Options(*args[-1 - len(Options._fields) : -1]))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("function", [losses, kernels], ids=["proxy_nca", "log_ppk"])
+def test_scores_are_kept_only_for_a_backward_and_workspace_always_bounds(function):
+    batch = make_batch(2, 3, 20, 8, 1.0)
+    trained = batch._replace(loc=batch.loc.clone().requires_grad_())
+    with RecordOptions() as record:
+        function(trained, "reference", workspace=12345)
+        function(batch, "reference", workspace=12345)
+        with torch.no_grad():
+            function(trained, "reference", workspace=12345)
+            function(trained, "reference")
+    assert [options.keep for options in record.seen] == [True, False, False, False]
+    assert [options.workspace for options in record.seen] == [*[12345] * 3, 64 << 20]
 
 
 @pytest.mark.parametrize("T", [0.01, 1.0])
@@ -358,8 +387,8 @@ def test_ranges_of_proxies_combine_to_the_whole(backend, T):
     for begin, end in itertools.pairwise(cuts):
         given = x, loc[begin:end], kappa[begin:end], labels - begin, temperature
         shards.append((given, *op.proxy_nca(*given, *options)))
-    combined = reference.combine_partials([shard[2] for shard in shards], temperature)
-    got = reference.loss_of_partial(combined, temperature)
+    combined = combine_partials([shard[2] for shard in shards], temperature)
+    got = loss_of_partial(combined, temperature)
     assert shards[1][1].isnan().all()
     assert relative(got, want) <= 1e-6
     parts = [
@@ -429,14 +458,78 @@ def test_what_cannot_be_computed_is_refused(change, error, message):
         losses(batch, "auto")
 
 
+def test_what_is_not_kept_is_computed_again():
+    if not nivmf_fast.backends()["cpu"].usable:
+        pytest.skip(f"backend cpu: {nivmf_fast.backends()['cpu'].reason}")
+    batch = make_batch(5, 16, 300, 32, 0.1)
+    given, op = (*batch[:3], batch.labels, batch.temperature), torch.ops.nivmf_kernels
+    results = []
+    for keep in (True, False):
+        options = Options(True, True, 0, 1 << 26, keep)
+        values, partial, saved = op.proxy_nca(*given, *options)
+        gradients = op.proxy_nca_backward(torch.ones(16), *given, partial, saved, *options)
+        results.append((saved.shape, (values, partial, *gradients)))
+    (kept, with_scores), (least, without) = results
+    assert least == (3, 16) and kept == (3, 16 + 2 * 5 * 16 * 128)
+    assert all(map(torch.equal, with_scores, without))
+
+
+@pytest.mark.parametrize("name", ["cpu", "cuda"])
+def test_what_is_saved_has_the_shape_that_is_foretold(name):
+    library = _backends.BACKENDS[name].library
+    if not library.usable:
+        pytest.skip(f"backend {name}: {library.reason}")
+    shape_of = getattr(torch.ops.nivmf_kernels, f"proxy_nca_saved_{name}")
+    sizes = [(1, 1, 1, 2), (5, 16, 37, 24), (3, 7, 128, 8), (5, 64, 1003, 128), (2, 0, 5, 3)]
+    for shape, dtype in itertools.product(sizes, (torch.float32, torch.float64)):
+        N, B, P, D = shape
+        double, samples = dtype == torch.float64, torch.empty(N, B, D, dtype=dtype)
+        for workspace, keep in itertools.product((0, 1 << 14, 1 << 22, 1 << 26), (True, False)):
+            options = Options(True, True, 0, workspace, keep)
+            foretold = shape_of(*shape, double, *options)
+            if name == "cuda":
+                assert foretold[0] == 1
+                continue
+            given = samples, *(torch.ones(P, D, dtype=dtype) for _ in range(2))
+            labels, temperature = torch.zeros(B, dtype=torch.int64), torch.ones((), dtype=dtype)
+            saved = torch.ops.nivmf_kernels.proxy_nca(*given, labels, temperature, *options)[2]
+            assert list(saved.shape) == foretold
+            symbolic = _backends.Cpu.saved_shape(N, B, P, samples.element_size(), options)
+            assert list(symbolic) == foretold
+
+
+def test_another_batch_size_compiles_no_third_graph():
+    if not nivmf_fast.backends()["cpu"].usable:
+        pytest.skip(f"backend cpu: {nivmf_fast.backends()['cpu'].reason}")
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *args: losses(Batch(*args), "cpu"), backend=count)
+    for B in (16, 17, 19, 23):
+        batch = make_batch(5, B, 37, 24, 0.1)
+        assert torch.equal(compiled(*batch), losses(batch, "cpu"))
+    assert len(graphs) <= 2  # one for 16, one for any size
+
+
 def test_kernel_ops_check_what_they_are_given():
-    if not _ops.backends()["cpu"].usable:
-        pytest.skip(f"backend cpu: {_ops.backends()['cpu'].reason}")
+    if not nivmf_fast.backends()["cpu"].usable:
+        pytest.skip(f"backend cpu: {nivmf_fast.backends()['cpu'].reason}")
     batch = make_batch(3, 6, 20, 16, 0.1)
-    op, options = torch.ops.nivmf_kernels.proxy_nca, (True, True, False, 1 << 20)
+    op, options = torch.ops.nivmf_kernels.proxy_nca, (True, True, 0, 1 << 20, True)
     x, loc, kappa, T, labels = batch
     with pytest.raises(RuntimeError, match=r"labels is Int \[6\], expected Long \[6\]"):
         op(x, loc, kappa, labels.int(), T, *options)
+    for changed, message in (
+        ((True, True, 2, 1 << 20, True), r"precision is 2, expected 0 \(float32\) or 1 \(fast\)"),
+        ((True, True, -1, 1 << 20, True), "precision is -1"),
+        ((True, True, 0, -1, True), "workspace is -1 bytes, expected at least 0"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            op(x, loc, kappa, labels, T, *changed)
     with pytest.raises(RuntimeError, match="concentration is Double"):
         op(x, loc, kappa.double(), labels, T, *options)
     with pytest.raises(RuntimeError, match="samples is not contiguous"):
@@ -520,8 +613,8 @@ print(step(5, 64, 50_000, 64))
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_step_over_fifty_thousand_proxies_takes_64_megabytes():
-    if not _ops.backends()["cpu"].usable:
-        pytest.skip(f"backend cpu: {_ops.backends()['cpu'].reason}")
+    if not nivmf_fast.backends()["cpu"].usable:
+        pytest.skip(f"backend cpu: {nivmf_fast.backends()['cpu'].reason}")
     command = [sys.executable, "-c", MEMORY, "cpu"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert 0 < int(done.stdout) <= 64e6

@@ -69,8 +69,9 @@ def test_no_kernel_spills(ptxas_report: str, architecture: str) -> None:
 class Sizes(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("samples", "images", "proxies", "dim")),
-        *((name, ctypes.c_bool) for name in ("exact", "projection", "fast")),
-        ("workspace", ctypes.c_int64),
+        *((name, ctypes.c_bool) for name in ("exact", "projection")),
+        *((name, ctypes.c_int64) for name in ("precision", "workspace")),
+        ("keep", ctypes.c_bool),
     ]
 
 
@@ -83,8 +84,9 @@ class Pointers(ctypes.Structure):
 class Options(NamedTuple):
     exact: bool = True
     projection: bool = True
-    fast: bool = False
+    precision: int = 0
     workspace: int = 1 << 28
+    keep: bool = True
 
     @property
     def normalizer(self) -> str:
@@ -125,6 +127,18 @@ def make_case(
     return Case(
         *(t.to(dtype).contiguous() for t in (samples, loc, concentration, temperature)), labels
     )
+
+
+class Plan(NamedTuple):
+    """What csrc/log_ppk_plan.h decides: sizes in proxies' blocks of `tile`, and bytes."""
+
+    tile: int
+    blocks: int
+    chunk: int
+    back_chunk: int
+    saved: int
+    forward: int
+    backward: int
 
 
 class Result(NamedTuple):
@@ -205,6 +219,14 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
         assert call("log_ppk_backward", inputs, *pointers, gradients) == 0
         return out
 
+    def plan(
+        *shape: int, options: Options, double: bool = False, tensor_cores: bool = True
+    ) -> Plan:
+        fields = (ctypes.c_int64 * len(Plan._fields))()
+        function = library.plan_f64 if double else library.plan_f32
+        function(ctypes.byref(Sizes(*shape, *options)), ctypes.c_bool(tensor_cores), fields)
+        return Plan(*fields)
+
     def both(case: Case, options: Options, grad: Tensor) -> Result:
         losses, partial, saved = proxy_nca(case, options)
         return Result(losses, partial, proxy_nca_backward(case, options, grad, partial, saved))
@@ -212,7 +234,7 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     return SimpleNamespace(
         proxy_nca=proxy_nca, proxy_nca_backward=proxy_nca_backward, both=both, log_ppk=log_ppk,
         log_ppk_backward=log_ppk_backward, launches=library.host_launches,
-        copies=library.host_copies, seed=library.host_seed,
+        copies=library.host_copies, seed=library.host_seed, plan=plan,
     )  # fmt: skip
 
 
@@ -285,7 +307,7 @@ def test_every_form_runs_on_tensor_cores(host: SimpleNamespace, options: Options
 
 
 def test_fast_is_three_products_of_bf16(host: SimpleNamespace) -> None:
-    case, options = make_case(5, 13, MMA, 128, 0.1, torch.float32), Options(fast=True)
+    case, options = make_case(5, 13, MMA, 128, 0.1, torch.float32), Options(precision=1)
     grad = incoming(13, dtype=torch.float32)
     expected, gradients = eager(case.double(), options, grad.double())
     result = host.both(case, options, grad)
@@ -310,11 +332,82 @@ def test_a_small_workspace_changes_nothing_but_rounding(
         assert error(a, b.double()) < 2e-5
 
 
+def test_tensor_cores_take_float32_and_many_proxies(host: SimpleNamespace) -> None:
+    def tile(P: int, **device: bool) -> int:
+        found: int = host.plan(5, 112, P, 128, options=Options(), **device).tile
+        return found
+
+    assert tile(513) == 64
+    assert tile(512) == tile(513, double=True) == tile(513, tensor_cores=False) == 32
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_forward_of_11318_proxies_takes_three_launches(host: SimpleNamespace, keep: bool) -> None:
+    plan = host.plan(5, 112, 11318, 512, options=Options(keep=keep))
+    assert 1 + 2 * -(-plan.blocks // plan.chunk) == 3  # the own proxies; prepare and forward
+    assert plan.forward <= 1 << 28
+
+
+def test_a_chunk_of_a_million_proxies_fills_half_the_workspace(host: SimpleNamespace) -> None:
+    plan = host.plan(5, 112, 1_000_000, 512, options=Options(keep=False))
+    tile = 64 * (2 * 512 * 4 + 16)  # bytes: linear and spread, and 16 of scalars per proxy
+    assert plan.blocks == 15625
+    assert plan.chunk * tile <= 1 << 27 < (plan.chunk + 1) * tile
+    assert plan.saved == 10 * 64 * 8  # the products with the own proxy alone
+    assert plan.forward <= 1 << 28
+    assert plan.backward <= 1 << 28
+
+
+@pytest.mark.parametrize(("double", "tensor_cores"), [(False, True), (False, False), (True, False)])
+@pytest.mark.parametrize("shape", [(5, 112), (1, 1), (70, 16), (13, 3000)], ids=str)
+def test_memory_stays_within_the_workspace(
+    host: SimpleNamespace, shape: tuple[int, int], double: bool, tensor_cores: bool
+) -> None:
+    device, itemsize = {"double": double, "tensor_cores": tensor_cores}, 8 if double else 4
+    for P, D in itertools.product((1, 100, 513, 11318, 1_000_000), (2, 128, 512)):
+        for workspace in (1 << 26, 1 << 28, 1 << 30):
+            kept, least = (
+                host.plan(*shape, P, D, options=Options(workspace=workspace, keep=keep), **device)
+                for keep in (True, False)
+            )
+            half, state = workspace // 2, (1 << 21) + 64 * itemsize * math.prod(shape)
+            slabs = 16 * math.prod(shape) * D * itemsize
+            for plan in (kept, least):
+                assert 1 <= plan.chunk <= plan.blocks
+                assert 1 <= plan.back_chunk <= plan.blocks
+                assert plan.forward <= half + state
+            # Where panels are kept, log-PPK's backward still needs one of its own: at most a half.
+            assert kept.back_chunk == 1 or kept.backward <= workspace + slabs + state
+            assert least.back_chunk == 1 or least.backward <= half + slabs + state
+            assert kept.saved <= half + state
+            assert least.saved <= state
+
+
 def test_few_proxies_take_four_launches(host: SimpleNamespace) -> None:
     case = make_case(5, 13, 100, 64, 0.1, torch.float32)
     before = host.launches()
     host.both(case, Options(), incoming(13, dtype=torch.float32))
     assert host.launches() - before == 4
+
+
+@pytest.mark.parametrize("shape", [(5, 13, 300, 64), (5, 13, 1300, 20)], ids=str)
+def test_keeping_nothing_costs_no_launch_and_no_bit(
+    host: SimpleNamespace, shape: tuple[int, int, int, int]
+) -> None:
+    case, results, launches = make_case(*shape, 0.1, torch.float32), [], []
+    grad = incoming(shape[1], dtype=torch.float32)
+    for options in (Options(keep=True), Options(keep=False)):
+        before = host.launches()
+        losses, partial, saved = host.proxy_nca(case, options)
+        launches.append(host.launches() - before)
+        gradients = host.proxy_nca_backward(case, options, grad, partial, saved)
+        results.append(([losses, partial], gradients, len(saved)))
+    (kept, exact, size), (forward, ours, least) = results
+    assert launches[0] == launches[1] <= 3
+    assert least < size / 50
+    assert all(map(torch.equal, kept, forward))
+    for a, b in zip(ours, exact, strict=True):
+        assert error(a, b.double()) < 1e-6
 
 
 @pytest.mark.parametrize("shape", [(5, 13, 70, 20), (40, 3, 70, 20), (5, 13, MMA, 20)], ids=str)
@@ -478,7 +571,7 @@ def on_gpu(case: Case) -> Case:
 def test_gpu_errs_as_little_as_the_host(
     gpu: SimpleNamespace, shape: tuple[int, int, int, int], T: float, fast: bool
 ) -> None:
-    case, options = make_case(*shape, T, torch.float32), Options(fast=fast)
+    case, options = make_case(*shape, T, torch.float32), Options(precision=int(fast))
     grad = incoming(shape[1], dtype=torch.float32)
     expected, gradients = eager(case.double(), options, grad.double())
     losses, rounded = eager(case, options, grad)

@@ -15,8 +15,8 @@ from nivmf_fast import (
     NonIsotropicVonMisesFisher,
     VMFProductKernelLoss,
     VonMisesFisher,
+    distributed,
 )
-from nivmf_fast.distributed import CLASS_PARALLEL
 from nivmf_fast.losses import PAPER_LOSSES
 
 P, D, B = 7, 6, 10
@@ -66,12 +66,13 @@ def test_a_loss_names_the_ops_that_it_calls(name: str) -> None:
     assert called.names == set(loss.ops)
 
 
-def test_every_loss_has_a_class_parallel_form() -> None:
-    kinds = {kind for kind, _ in PAPER_LOSSES.values()}
-    assert set(CLASS_PARALLEL) == kinds
-    for kind, parallel in CLASS_PARALLEL.items():
+def test_class_parallel_forms_are_public_and_named_after_their_losses() -> None:
+    for kind, parallel in distributed.CLASS_PARALLEL.items():
         assert issubclass(parallel, kind)
-        assert getattr(nivmf_fast.distributed, f"ClassParallel{kind.__name__}") is parallel
+        assert parallel.__name__ == f"ClassParallel{kind.__name__}"
+        assert getattr(distributed, parallel.__name__) is parallel
+    forms = {parallel.__name__ for parallel in distributed.CLASS_PARALLEL.values()}
+    assert set(distributed.__all__) == forms | {"ClassParallelLoss", "CLASS_PARALLEL"}
 
 
 def test_similarities_are_those_of_the_paper(name: str) -> None:

@@ -10,6 +10,7 @@ from conftest import device_of, golden
 
 import nivmf_fast
 from nivmf_fast import special
+from nivmf_fast._schemas import Normalizer
 
 NORMALIZER_BACKENDS = ["reference", "cpu", "cuda"]
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
@@ -111,6 +112,34 @@ def test_impossible_concentrations_give_nan(backend: str, dtype: torch.dtype) ->
     k = torch.tensor([-1.0, math.nan, math.inf], dtype=dtype)
     for order in (0, 1, 2):
         assert derivative(k, 5, order, backend).isnan().all()
+
+
+@pytest.mark.parametrize("backend", NORMALIZER_BACKENDS)
+@pytest.mark.parametrize("dim", [2, 3, 40, 512])
+def test_concentrations_beyond_1e18_give_nan(backend: str, dim: int, dtype: torch.dtype) -> None:
+    limit = torch.tensor(special.MAX_CONCENTRATION, dtype=dtype)
+    beyond = torch.nextafter(limit, torch.tensor(math.inf, dtype=dtype))
+    k = torch.stack([limit, beyond, torch.tensor(1e30, dtype=dtype)])
+    for order in (0, 1, 2):
+        assert derivative(k, dim, order, backend).isnan().tolist() == [False, True, True]
+
+
+@pytest.mark.parametrize("normalizer", ["exact", "released"])
+def test_a_proxy_longer_than_1e18_gives_nan(
+    backend: str, normalizer: Normalizer, dtype: torch.dtype
+) -> None:
+    device = device_of(backend)
+    loc = torch.eye(3, 8, dtype=dtype, device=device)  # |K mu| is the concentration
+    samples = torch.nn.functional.normalize(loc + 0.1, dim=-1)[None]
+    concentration = torch.full((3, 8), 20.0, dtype=dtype, device=device)
+    concentration[1] = 0.9e18
+    options = {"validate": False, "normalizer": normalizer, "backend": backend}
+    given = samples, loc, concentration
+    assert nivmf_fast.log_ppk(*given, **options).isfinite().all()
+    concentration[1] = 1.1e18
+    assert nivmf_fast.log_ppk(*given, **options)[:, 1].isnan().all()
+    labels = torch.zeros(3, dtype=torch.int64, device=device)
+    assert nivmf_fast.proxy_nca(*given, labels, **options).isnan().all()
 
 
 @pytest.mark.parametrize("dim", [2, 3, 5, 26, 34, 512])

@@ -5,8 +5,8 @@ triton is imported. Planes are float32 there, rounded to bfloat16, so that the p
 computed as on the GPU, but for the tensor cores' own rounding.
 """
 
-import importlib
 import importlib.util
+import itertools
 import os
 import re
 import subprocess
@@ -21,6 +21,7 @@ from conftest import SPLIT
 from torch import Tensor
 
 from nivmf_fast import reference
+from nivmf_fast._schemas import PRECISIONS, Options
 
 pytest.importorskip("triton", reason="the triton package is not installed")
 
@@ -28,7 +29,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-kernels = importlib.import_module("nivmf_fast.triton.log_ppk")
+from nivmf_fast.triton import log_ppk as kernels
+from nivmf_fast.triton import log_ppk_backward, log_ppk_prepare
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -44,6 +46,18 @@ OPTIONS = [(True, True), (True, False), (False, True), (False, False)]  # exact,
 options = pytest.mark.parametrize(("exact", "projection"), OPTIONS)
 LENGTH = 20.0  # |K mu| of all proxies
 GRADIENTS = ("samples", "loc", "concentration", "temperature")
+
+
+def make_options(
+    exact: bool = True,
+    projection: bool = True,
+    *,
+    fast: bool = False,
+    workspace: int = 1 << 28,
+    keep: bool = True,
+) -> Options:
+    precision = PRECISIONS.index("fast" if fast else "float32")
+    return Options(exact, projection, precision, workspace, keep)
 
 
 # --- ahead-of-time compilation
@@ -65,17 +79,18 @@ def launches(monkeypatch: pytest.MonkeyPatch, architecture: str, mode: str) -> l
     def record(kernel: Any, grid: Any, arguments: Any, constants: Any, tile: Any = None) -> None:
         calls.setdefault((kernel, tuple(constants.items())), (kernel, arguments, constants, tile))
 
-    monkeypatch.setattr(kernels, "_launch", record)
-    monkeypatch.setattr(kernels, "_machine", lambda _: (architecture, 132, torch.bfloat16))
+    machine = architecture, 132, torch.bfloat16
+    monkeypatch.setattr(log_ppk_prepare.Problem, "launch", staticmethod(record))
+    monkeypatch.setattr(log_ppk_prepare, "machine", lambda _: machine)
     N, B, P, D = SIZES
     dtype = torch.float64 if mode == "float64" else torch.float32
     x, loc, kappa = torch.rand(N, B, D, dtype=dtype), *torch.rand(2, P, D, dtype=dtype)
     labels, T = torch.zeros(B, dtype=torch.int64), torch.ones((), dtype=dtype)
-    last = True, True, mode == "fast", 256 << 20
-    losses, partial, saved = kernels.proxy_nca(x, loc, kappa, labels, T, *last)
-    kernels.proxy_nca_backward(losses, x, loc, kappa, labels, T, partial, saved, *last)
-    similarity, saved, _ = kernels.log_ppk(x, loc, kappa, T, *last)
-    kernels.log_ppk_backward(similarity, x, loc, kappa, T, saved, *last)
+    options = make_options(fast=mode == "fast")
+    losses, partial, saved = kernels.proxy_nca(x, loc, kappa, labels, T, options)
+    kernels.proxy_nca_backward(losses, x, loc, kappa, labels, T, partial, saved, options)
+    similarity, saved, _ = kernels.log_ppk(x, loc, kappa, T, options)
+    kernels.log_ppk_backward(similarity, x, loc, kappa, T, saved, options)
     return list(calls.values())
 
 
@@ -97,7 +112,7 @@ def compiled(kernel: Any, arguments: Any, constants: Any, tile: Any, capability:
     return triton.compile(
         ASTSource(kernel, signature, constexprs=constexprs, attrs=attributes),
         target=GPUTarget("cuda", capability, 32),
-        options=kernels.compile_options(tile),
+        options=log_ppk_prepare.compile_options(tile),
     )
 
 
@@ -184,17 +199,16 @@ def inputs(data: dict[str, Tensor], labels: bool) -> list[Tensor]:
 
 
 def kernel_result(
-    op: str, data: dict[str, Tensor], grad: Tensor, *options: bool,
-    workspace: int = 1 << 28, fast: bool = False,
-) -> list[Tensor]:  # fmt: skip
+    op: str, data: dict[str, Tensor], grad: Tensor, *form: bool, **others: Any
+) -> list[Tensor]:
     """The value and the gradients in samples, loc, concentration, temperature."""
-    args, last = inputs(data, op == "proxy_nca"), (*options, fast, workspace)
+    args, options = inputs(data, op == "proxy_nca"), make_options(*form, **others)
     if op == "proxy_nca":
-        value, *saved = kernels.proxy_nca(*args, *last)
+        value, *saved = kernels.proxy_nca(*args, options)
     else:
-        value, *saved, _ = kernels.log_ppk(*args, *last)
+        value, *saved, _ = kernels.log_ppk(*args, options)
     backward = getattr(kernels, f"{op}_backward")
-    return [value, *backward(grad.to(value), *args, *saved, *last)]
+    return [value, *backward(grad.to(value), *args, *saved, options)]
 
 
 def reference_result(
@@ -217,7 +231,7 @@ def relative(found: Tensor, wanted: Tensor) -> float:
 
 def check(
     op: str, data: dict[str, Tensor], exact: bool, projection: bool, dtype: torch.dtype,
-    **last: Any,
+    **others: Any,
 ) -> list[Tensor]:  # fmt: skip
     """Errors at most twice those of eager code in the same type, but for what is derived here.
 
@@ -228,7 +242,7 @@ def check(
     T = data["temperature"].item()
     shape = (data["samples"].shape[1], *[len(data["loc"])] * (op == "log_ppk"))
     grad = torch.rand(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    found = kernel_result(op, data, grad, exact, projection, **last)
+    found = kernel_result(op, data, grad, exact, projection, **others)
     truth = reference_result(op, typed(data, torch.float64), grad, exact, projection)
     eager = reference_result(op, data, grad, exact, projection)
     single = dtype == torch.float32
@@ -274,7 +288,7 @@ def test_loss_is_exact_at_the_smallest_temperature(spread: float, bound: float) 
     if spread == 0.05:
         errors = [relative(f, t) for f, t in zip(found[1:], truth[1:], strict=True)]
         assert max(errors) <= 5e-5, dict(zip(GRADIENTS, errors, strict=True))
-    fast, *_ = kernels.proxy_nca(*inputs(data, True), True, True, True, 1 << 28)
+    fast, *_ = kernels.proxy_nca(*inputs(data, True), make_options(fast=True))
     assert (fast.double() - truth[0]).abs().max() <= 5 * bound
 
 
@@ -282,17 +296,17 @@ def test_loss_is_exact_at_the_smallest_temperature(spread: float, bound: float) 
 def test_shards_combine_to_the_whole() -> None:
     data = typed(problem(2, 20, 70, 24, 0.1), torch.float32)
     data["labels"] = data["labels"].clamp(min=10)  # none in the first shard
-    last, T = (True, True, False, 1 << 20), data["temperature"]
+    options, T = make_options(workspace=1 << 20), data["temperature"]
     grad = torch.linspace(0.5, 1, 20, device=DEVICE)
-    whole = kernels.proxy_nca(*inputs(data, True), *last)
-    wanted = kernels.proxy_nca_backward(grad, *inputs(data, True), *whole[1:], *last)
+    whole = kernels.proxy_nca(*inputs(data, True), options)
+    wanted = kernels.proxy_nca_backward(grad, *inputs(data, True), *whole[1:], options)
 
     shards = []
     for first, end in [(0, 9), (9, 52), (52, 70)]:
         own = {k: v[first:end] for k, v in data.items() if k in ("loc", "concentration")}
         own = {**data, **{k: v.contiguous() for k, v in own.items()}}
         shards.append(inputs({**own, "labels": data["labels"] - first}, True))
-    results = [kernels.proxy_nca(*shard, *last) for shard in shards]
+    results = [kernels.proxy_nca(*shard, options) for shard in shards]
     parts = torch.stack([partial for _, partial, _ in results])
     tops, logs = parts[:, ::2], parts[:, 1::2]
     top = tops.amax(0)
@@ -301,7 +315,7 @@ def test_shards_combine_to_the_whole() -> None:
     loss = (top[0] - top[1]) / T.double() + log_z[0] - log_z[1]
     assert relative(loss, whole[0]) <= 1e-6
     found = [
-        kernels.proxy_nca_backward(grad, *shard, partial, saved, *last)
+        kernels.proxy_nca_backward(grad, *shard, partial, saved, options)
         for shard, (_, _, saved) in zip(shards, results, strict=True)
     ]
     samples, loc, concentration, temperature = zip(*found, strict=True)
@@ -321,17 +335,17 @@ def test_skipping_dead_tiles_changes_nothing(monkeypatch: pytest.MonkeyPatch) ->
     noise = data["samples"] * 0.2
     data["samples"] = unit(centers[group[data["labels"]]] + noise)
     data = typed(data, torch.float32)
-    launch, live = kernels._launch, []
+    launch, live = log_ppk_prepare.Problem.launch, []
 
     def watch(kernel: Any, grid: Any, arguments: Any, *others: Any) -> None:
         launch(kernel, grid, arguments, *others)
-        if kernel is kernels._plan_rows:
+        if kernel is log_ppk_backward._plan_rows:
             live.append(arguments[5].float().mean().item())
 
-    monkeypatch.setattr(kernels, "_launch", watch)
+    monkeypatch.setattr(log_ppk_prepare.Problem, "launch", staticmethod(watch))
     grad = torch.ones(24)
     skipped = kernel_result("proxy_nca", data, grad, True, True)
-    monkeypatch.setattr(kernels, "dead_below", lambda N, P: -float("inf"))
+    monkeypatch.setattr(log_ppk_backward, "dead_log2", lambda dtype, logits: -float("inf"))
     full = kernel_result("proxy_nca", data, grad, True, True)
     assert skipped[0].mean() > 0.1
     assert live[0] < 0.5
@@ -341,25 +355,93 @@ def test_skipping_dead_tiles_changes_nothing(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @runs
+def test_float64_skips_only_what_float64_cannot_hold() -> None:
+    """The second tile's proxies have weights near 1e-11: above 2^-53, below 2^-24 a logit."""
+    data = problem(1, 12, 64, 32, 1.0)
+    direction = torch.zeros(2, 32, dtype=torch.float64)
+    direction[0, 0], direction[1, :2] = 1, torch.tensor([-0.28, 0.96])
+    noise = torch.randn(64, 32, generator=torch.Generator().manual_seed(3)).double()
+    data["loc"] = unit(direction[torch.arange(64) // 32] + 0.01 * noise)
+    data["samples"] = unit(direction[:1] + 0.02 * data["samples"])
+    data["labels"] %= 32
+    found = check("proxy_nca", data, True, True, torch.float64)
+    grad = torch.rand(12, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    truth = reference_result("proxy_nca", typed(data, torch.float64), grad, True, True)
+    for name, f, t in zip(GRADIENTS[1:3], found[2:4], truth[2:4], strict=True):
+        assert 1e-12 < t[32:].abs().max() < 2.0**-24
+        assert relative(f[32:], t[32:]) <= 1e-12, name
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("shape", [(5, 112, 2048, 128), (10, 1024, 2048, 128)], ids=str)
+def test_scratch_stays_within_the_workspace(
+    keep: bool, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Planes of a chunk in half of it, maxima in a quarter, none if no backward follows."""
+    monkeypatch.setattr(log_ppk_prepare.Problem, "launch", staticmethod(lambda *_: None))
+    monkeypatch.setattr(log_ppk_prepare, "machine", lambda _: ("sm_80", 108, torch.bfloat16))
+    N, B, P, D = shape
+    x, loc, T = torch.rand(N, B, D), torch.rand(P, D), torch.ones(())
+    options = make_options(workspace=1 << 20, keep=keep)
+    for backward in (False, True):
+        p = log_ppk_prepare.Problem(x, loc, loc, T, options, nca=True, backward=backward)
+        one_tile = p.planes * p.wide * p.tile.proxies * 4  # of linear and spread, 2 bytes each
+        assert p.chunk == 1 or p.proxy_planes.nbytes <= options.workspace // 2
+        assert p.proxy_planes.nbytes == p.chunk * one_tile
+        if not backward:
+            assert 1 < p.chunk < p.tiles
+    _, _, saved = kernels.proxy_nca(x, loc, loc, torch.zeros(B, dtype=torch.int64), T, options)
+    maxima = log_ppk_prepare.view(saved, P, N * B, x.dtype).maxima
+    assert bool(maxima.numel()) == keep
+    assert maxima.nbytes <= options.workspace // 4
+
+
+@runs
+def test_chunks_may_end_amid_the_tiles_of_a_maximum() -> None:
+    data = typed(problem(2, 20, 200, 4, 0.1), torch.float32)
+    kept = []
+    for workspace in (1 << 28, 3 << 10):  # 7 chunks of one tile, of which 2 share a maximum
+        _, _, saved = kernels.proxy_nca(*inputs(data, True), make_options(workspace=workspace))
+        kept.append(log_ppk_prepare.view(saved, 200, 40, torch.float32).maxima.view(-1, 40))
+    fine, coarse = kept
+    assert len(fine) / len(coarse) == 7 / 4
+    padded = torch.cat([fine, fine[-1:]])
+    assert torch.equal(coarse, padded.view(4, 2, 40).amax(1))
+
+
+@runs
+@pytest.mark.parametrize("workspace", [1 << 12, 1 << 28])
+def test_the_loss_does_not_depend_on_whether_a_backward_follows(workspace: int) -> None:
+    data, grad = typed(problem(2, 20, 70, 24, 0.1), torch.float32), torch.ones(20)
+    kept, not_kept = (
+        kernel_result("proxy_nca", data, grad, workspace=workspace, keep=keep)
+        for keep in (True, False)
+    )
+    assert torch.equal(kept[0], not_kept[0])
+    for name, k, n in zip(GRADIENTS, kept[1:], not_kept[1:], strict=True):
+        assert relative(n, k) <= 1e-6, name
+
+
+@runs
 def test_bad_values_give_nan_for_their_image_alone() -> None:
     data = typed(problem(2, 8, 20, 5, 0.1), torch.float32)
     good = kernel_result("proxy_nca", data, torch.ones(8), True, True)
     data["labels"][1], data["labels"][2] = -1, 20
-    last = True, True, False, 1 << 20
-    losses, partial, saved = kernels.proxy_nca(*inputs(data, True), *last)
+    options = make_options(workspace=1 << 20)
+    losses, partial, saved = kernels.proxy_nca(*inputs(data, True), options)
     bad = torch.tensor([0, 1, 1, 0, 0, 0, 0, 0], dtype=torch.bool)
     assert torch.equal(losses.isnan().cpu(), bad)
     assert torch.equal(losses.cpu()[~bad], good[0].cpu()[~bad])
     assert partial[2, 1:3].tolist() == [-float("inf")] * 2
-    grads = kernels.proxy_nca_backward(losses, *inputs(data, True), partial, saved, *last)
+    grads = kernels.proxy_nca_backward(losses, *inputs(data, True), partial, saved, options)
     assert torch.equal(grads[0].isnan().all(-1).all(0).cpu(), bad)
     assert grads[0].cpu()[:, ~bad].isfinite().all()
 
     data["samples"][1, 5, 2] = float("nan")
     bad[5] = True
-    assert torch.equal(kernels.proxy_nca(*inputs(data, True), *last)[0].isnan().cpu(), bad)
+    assert torch.equal(kernels.proxy_nca(*inputs(data, True), options)[0].isnan().cpu(), bad)
     data["temperature"].zero_()
-    assert kernels.proxy_nca(*inputs(data, True), *last)[0].isnan().all()
+    assert kernels.proxy_nca(*inputs(data, True), options)[0].isnan().all()
 
 
 @runs
@@ -378,10 +460,10 @@ def test_an_empty_batch_has_gradients_of_zero(op: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_fake_kernels_know_what_is_saved(dtype: torch.dtype, workspace: int) -> None:
     data = typed(problem(2, 5, 70, 4, 0.3), dtype)
-    for op in ("proxy_nca", "log_ppk"):
-        last = True, True, False, workspace
-        saved = getattr(kernels, op)(*inputs(data, op == "proxy_nca"), *last)
-        like = kernels.saved_like(op, data["samples"], data["loc"], *last)
+    for op, keep in itertools.product(("proxy_nca", "log_ppk"), (True, False)):
+        options = make_options(workspace=workspace, keep=keep)
+        saved = getattr(kernels, op)(*inputs(data, op == "proxy_nca"), options)
+        like = log_ppk_prepare.saved_like(op, data["samples"], data["loc"], options)
         found = saved[-1] if op == "proxy_nca" else saved[1]
         assert (like.shape, like.dtype, like.device) == (found.shape, found.dtype, found.device)
     check("proxy_nca", data, True, True, dtype, workspace=workspace)  # few maxima, one tile a chunk
@@ -446,12 +528,12 @@ def test_offsets_beyond_32_bits() -> None:
     samples = torch.zeros(1, 4, D, device="cuda")
     samples[..., 1] = 1
     labels = torch.full((4,), P - 1, device="cuda")
-    T, last = torch.tensor(0.5, device="cuda"), (True, True, False, 256 << 20)
+    T, options = torch.tensor(0.5, device="cuda"), make_options()
     args = samples, loc, concentration, labels, T
-    losses, partial, saved = kernels.proxy_nca(*args, *last)
+    losses, partial, saved = kernels.proxy_nca(*args, options)
     expected = torch.log1p(torch.tensor((P - 1) * 1.0).double() * torch.exp(torch.tensor(-40.0)))
     torch.testing.assert_close(losses.double().cpu(), expected.expand(4), rtol=1e-3, atol=1e-9)
-    gradients = kernels.proxy_nca_backward(losses, *args, partial, saved, *last)
+    gradients = kernels.proxy_nca_backward(losses, *args, partial, saved, options)
     assert all(bool(g[-4:].isfinite().all()) for g in gradients[1:3])
 
 

@@ -29,7 +29,9 @@ triton = pytest.importorskip("triton", reason="pip install triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from nivmf_fast.triton import vmf_sampler  # noqa: E402
+from nivmf_fast.triton import vmf_sampler, vmf_sampler_backward  # noqa: E402
+
+backward_kernel = vmf_sampler_backward._backward_kernel
 
 DIMS = (2, 3, 5, 16, 64, 130)
 GRADIENTS = (*((D, 10) for D in DIMS), (3, 1), (3, 35), (16, 1), (16, 35), (4100, 3))  # D, N
@@ -46,7 +48,7 @@ def compiled(kernel: Any, dtype: torch.dtype, arch: int, shape: dict[str, int]) 
     types |= {"n": "i32", "B": "i32", "image_offset": "i64", "seed": "*i64"}
     types |= dict.fromkeys(shape, "constexpr")
     unaligned = {"n", "B", "image_offset", "seed", "concentration", *shape}
-    if kernel is vmf_sampler._backward_kernel:
+    if kernel is backward_kernel:
         unaligned.add("one_minus_w")
     source = ASTSource(
         kernel,
@@ -77,7 +79,7 @@ def test_no_register_spills(D: int, dtype: torch.dtype, arch: int, tmp_path: Pat
     (float64: beyond it), beyond it."""
     kinds = {
         vmf_sampler._rsample_kernel: vmf_sampler._forward_shape(D, dtype.itemsize),
-        vmf_sampler._backward_kernel: vmf_sampler._backward_shape(10, D, dtype.itemsize),
+        backward_kernel: vmf_sampler_backward._backward_shape(10, D, dtype.itemsize),
     }
     for kernel, shape in kinds.items():
         binary = compiled(kernel, dtype, arch, shape)
@@ -86,11 +88,6 @@ def test_no_register_spills(D: int, dtype: torch.dtype, arch: int, tmp_path: Pat
         assert used["STACK"] == used["LOCAL"] == 0, (kernel, shape, used)
         if kernel is vmf_sampler._rsample_kernel and D % 4 == 0:  # stores of 16 bytes
             assert re.search(r"st\.global\.v(4\.b32|2\.b64)", binary.asm["ptx"])
-
-
-def test_the_quadrature_rule_is_gauss_legendre() -> None:
-    for mine, exact in zip(vmf_sampler._RULE, reference.gauss_legendre(16), strict=True):
-        assert (torch.tensor(mine, dtype=torch.float64) - exact).abs().max() < 1e-15
 
 
 # --- the calls that are interpreted, and repeated on a GPU
@@ -141,6 +138,13 @@ def bad_call() -> tuple[Any, ...]:
     return loc, concentration, 3, SEED, 0
 
 
+def largest_call(dtype: torch.dtype) -> tuple[Any, ...]:
+    """The largest concentration, and the next number."""
+    largest = torch.full((2,), 1e18, dtype=dtype)
+    largest[1] = torch.nextafter(largest[1], largest.new_full((), math.inf))
+    return torch.eye(2, 5, dtype=dtype), largest, 3, SEED, 0
+
+
 def all_calls() -> dict[tuple[Any, ...], tuple[str, tuple[Any, ...]]]:
     """By key: the name of a function and its arguments."""
     forward, backward = "vmf_rsample", "vmf_rsample_backward"
@@ -172,6 +176,8 @@ def all_calls() -> dict[tuple[Any, ...], tuple[str, tuple[Any, ...]]]:
                 t[i:j] for t in arguments[3:]
             ]
             calls["gradient as shipped", D, i, j] = backward, tuple(parts)
+    for dtype in (torch.float32, torch.float64):
+        calls["largest", dtype] = forward, largest_call(dtype)
     calls["bad",] = forward, bad_call()
     draw = reference.vmf_rsample(*bad_call())
     calls["bad gradient",] = backward, (draw.samples, *draw[:2], *bad_call()[:2])
@@ -195,14 +201,19 @@ def moved(tensor: Tensor, device: str) -> Tensor:
 
 
 def call(name: str, args: tuple[Any, ...], device: str) -> tuple[Tensor, ...]:
-    function = operator if name == "operator" else getattr(vmf_sampler, name)
+    functions = {
+        "operator": operator,
+        "vmf_rsample": vmf_sampler.vmf_rsample,
+        "vmf_rsample_backward": vmf_sampler_backward.vmf_rsample_backward,
+    }
+    function = functions[name]
     results = function(*(moved(t, device) if torch.is_tensor(t) else t for t in args))
     return tuple(result.cpu() for result in results)
 
 
 def interpret(source: Path, results: Path) -> None:
     """The second process: all calls, those not "as shipped" in blocks of as many rows as can be."""
-    forward, backward = vmf_sampler._forward_shape, vmf_sampler._backward_shape
+    forward, backward = vmf_sampler._forward_shape, vmf_sampler_backward._backward_shape
     limit = 2**20  # elements of a block
 
     def wide_forward(D: int, itemsize: int) -> dict[str, int]:
@@ -217,7 +228,7 @@ def interpret(source: Path, results: Path) -> None:
     for key, (name, args) in torch.load(source, weights_only=False).items():
         shipped = "as shipped" in key[0]
         vmf_sampler._forward_shape = forward if shipped else wide_forward
-        vmf_sampler._backward_shape = backward if shipped else wide_backward
+        vmf_sampler_backward._backward_shape = backward if shipped else wide_backward
         made[key] = call(name, args, "cpu")
     torch.save(made, results)
 
@@ -332,6 +343,14 @@ def test_a_bad_image_is_nan_and_leaves_the_others_alone(run: Any) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+def test_the_largest_concentration_is_that_of_the_reference(run: Any, dtype: torch.dtype) -> None:
+    exact = reference.vmf_rsample(*largest_call(dtype))
+    for result, wanted in zip(run("largest", dtype), exact, strict=False):
+        assert torch.equal(result.isnan(), wanted.isnan())
+        assert wanted[:, 0].isfinite().all() and wanted[:, 1].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 def test_no_samples_and_no_images(run: Any, dtype: torch.dtype) -> None:
     for n, B in ((0, 3), (2, 0)):
         x, p = run("empty", n, B, dtype)
@@ -361,7 +380,7 @@ def test_cuda_graphs_replay_with_a_new_seed(D: int) -> None:
 
     def step() -> tuple[Tensor, ...]:
         draw = vmf_sampler.vmf_rsample(loc, k, 10, seed, 0)
-        return *draw, *vmf_sampler.vmf_rsample_backward(grad, *draw, loc, k)
+        return *draw, *vmf_sampler_backward.vmf_rsample_backward(grad, *draw, loc, k)
 
     step()  # compiles
     graph = torch.cuda.CUDAGraph()

@@ -1,4 +1,4 @@
-"""csrc/vmf_math.h and philox.h, one source for CPU and GPU: on the host, against exact values."""
+"""The mathematics that CPU and GPU share in csrc: on the host, against exact values."""
 
 import functools
 from collections import defaultdict
@@ -9,9 +9,13 @@ from typing import Any
 import mpmath
 import numpy as np
 import pytest
+import torch
 from conftest import golden
 from mpmath import mpf
 from numpy.typing import NDArray
+
+from nivmf_fast import special
+from nivmf_fast._schemas import dead_log2
 
 ROOT = Path(__file__).parent.parent
 DTYPES = [np.float32, np.float64]
@@ -139,10 +143,36 @@ def test_normalizer_is_exact_between_the_golden_points(
 def test_normalizer_at_the_ends(host: ModuleType, dtype: type, dim: int) -> None:
     at_zero = [v[0] for v in host.log_normalizer(np.zeros(1, dtype), dim)]
     assert at_zero == [0, 0, 0, 1, dtype(1) / dtype(dim)]
-    for column in host.log_normalizer(np.array([-1, np.nan, np.inf, -np.inf], dtype), dim):
+    impossible = np.array([-1, np.nan, 1.01e18, 1e30, np.inf, -np.inf], dtype)
+    for column in host.log_normalizer(impossible, dim):
         assert np.isnan(column).all()
-    for column in host.log_normalizer(np.array([1e18, 1e30], dtype), dim):
+    for column in host.log_normalizer(np.array([1e17, 1e18], dtype), dim):
         assert np.isfinite(column).all()
+
+
+# The smallest dimensions with their number of terms. Two normalisers check each other, so they need
+# not be one, but each choice here is on purpose: C++ has terms for 2e-14 in A' in float64, Python
+# for 2e-13.
+TERMS = {
+    np.float32: {2: (4, 4), 48: (3, 3), 128: (2, 2), 512: (1, 1)},
+    np.float64: {2: (13, 13), 64: (10, 8), 128: (8, 6), 512: (5, 4)},
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_constants_are_those_of_python(host: ModuleType, dtype: type) -> None:
+    name = np.dtype(dtype).name
+    torch_dtype = getattr(torch, name)
+    assert host.max_concentration == special.MAX_CONCENTRATION
+    for dim in (2, 3, 25, 26, 33, 34, 47, 48, 63, 64, 127, 128, 511, 512, 65_536):
+        plan = special._plan(dim, torch_dtype)
+        lifts, terms, large, taylor = getattr(host, f"normalizer_plan_{name}")(dim)
+        assert (terms, plan.terms) == TERMS[dtype][max(d for d in TERMS[dtype] if d <= dim)]
+        assert (lifts, large, dtype(taylor)) == (plan.lift, plan.large, dtype(plan.taylor))
+    for n, proxies in ((1, 1), (5, 100), (3, 11_318), (64, 50_000)):
+        dead = getattr(host, f"dead_log2_{name}")(n, proxies)
+        expected = dead_log2(torch_dtype, n * proxies)
+        assert dead == pytest.approx(expected, rel=2 * float(np.finfo(dtype).eps))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

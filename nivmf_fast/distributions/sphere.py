@@ -9,7 +9,8 @@ from torch.distributions import Distribution
 from torch.distributions.constraints import Constraint
 
 from nivmf_fast import special
-from nivmf_fast.functional import check_all, vmf_rsample
+from nivmf_fast._checks import check_all
+from nivmf_fast.functional import vmf_rsample
 
 
 class _UnitVector(Constraint):
