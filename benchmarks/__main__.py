@@ -1,6 +1,6 @@
-"""Time this library beside what one would use without it, and see where the time goes.
+"""Time this library against the alternatives, and see where the time goes.
 
-python -m benchmarks --op proxy_nca --shape cub-128 sop-512    kernels beside their baselines
+python -m benchmarks --op proxy_nca --shape cub-128 sop-512    kernels and their baselines
 python -m benchmarks --json new.json --against old.json        what became slower? exit code 1
 python -m benchmarks all                                       all that a CPU can show, to results/
 python -m benchmarks gpu                                       the same for a GPU (`make gpu`)
@@ -14,113 +14,17 @@ python -m benchmarks readme                                    README's figures 
 """
 
 import argparse
-import itertools
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
-import nivmf_fast
 from benchmarks import gpu, report, scale, timing, training
-from benchmarks.cases import BACKENDS, CASES, SHAPES, Problem, Step, tangential, truth
-from benchmarks.samplers import moment_error
+from benchmarks.cases import BACKENDS, CASES, SHAPES
+from benchmarks.kernels import Found, kernels
 
-STANDARD_ERRORS = 5  # that a sampler's mean cosine may be off
-TOLERANCE = 0.05  # of a case against float64: all compute the same thing, or the time says nothing
 QUICK = 0.2  # seconds per case
-ROUNDS = 5  # of all problems: a minute in which the machine is busy then meets more than one
-HEAVY = 1 << 28  # bytes of inputs above which a problem has its rounds at once and is let go
-
-Found = dict[str, Any]
-
-
-def checked(problem: Problem) -> tuple[list[Found], dict[str, Step]]:
-    """A row for every case of a problem, ours first, and the steps that are left to be timed."""
-    want, steps, rows = tangential(truth(problem), problem), {}, []
-    for name, make in CASES[problem.op](problem):
-        try:
-            steps[name] = make()
-            got = tangential(steps[name](), problem)
-        except (RuntimeError, torch.OutOfMemoryError) as error:
-            steps.pop(name, None)
-            rows.append({"case": name, "failed": str(error).splitlines()[0]})
-            continue
-        errors = timing.relative_errors(got, want) if "products" not in name else {}
-        if any(not error < TOLERANCE for error in errors.values()):
-            raise SystemExit(f"{name} computes something else: relative errors {errors}")
-        if problem.op == "vmf_rsample" and "samples" in got:
-            missed = moment_error(got["samples"], problem.image, problem.k)
-            if not missed < STANDARD_ERRORS:
-                raise SystemExit(f"{name} draws another law: {missed:.1f} standard errors off")
-        del got
-        rows.append(
-            {
-                "case": name,
-                "memory_mb": timing.peak_memory(steps[name], problem.device),
-                **timing.counts(steps[name], problem.device),
-                "errors": errors,
-                "repeats": timing.repeats(steps[name]),
-            }
-        )
-    return rows, steps
-
-
-class Timed:
-    """A problem's result, with the times of all rounds so far."""
-
-    def __init__(self, problem: Problem, shape: str) -> None:
-        self.problem = problem
-        rows, self.steps = checked(problem)
-        self.times: dict[str, list[float]] = {name: [] for name in self.steps}
-        self.result = {"op": problem.op, "shape": shape, "dimensions": problem.shape._asdict(),
-                       "temperature": problem.temperature, "rows": rows}  # fmt: skip
-
-    def round(self, seconds: float) -> None:
-        for name, ms in timing.turns(self.steps, self.problem.device, seconds, least=2).items():
-            self.times[name] += ms
-        times = {name: timing.summarised(ms) for name, ms in self.times.items()}
-        for row in self.result["rows"]:
-            if row["case"] in times:
-                first = next(iter(times.values()))["median_ms"]
-                row |= times[row["case"]] | {"ratio": times[row["case"]]["median_ms"] / first}
-
-
-def kernels(args: argparse.Namespace) -> Found:
-    for op, backend in itertools.product(args.op, args.backend):
-        try:
-            nivmf_fast.which_backend(op, args.device, backend=backend)
-        except RuntimeError as error:
-            raise SystemExit(f"--backend {backend}: {error}") from None
-    found: list[Found] = []
-    kept: list[Timed] = []
-
-    def go_on(timed: Timed) -> None:
-        timed.round(args.seconds / ROUNDS)
-        if args.json:  # what is cut short keeps what it has
-            report.write(args.json, {"machine": args.about, "results": found})
-
-    for op in args.op:
-        for name in args.shape:
-            for T in args.temperature if op != "vmf_rsample" else [1.0]:
-                problem = Problem(op, SHAPES[name], T, args.device, backends=tuple(args.backend))
-                timed = Timed(problem, name)
-                print(f"checked: {report.title(timed.result)}", file=sys.stderr, flush=True)
-                found.append(timed.result)
-                go_on(timed)
-                if sum(tensor.nbytes for tensor in problem.inputs) <= HEAVY:
-                    kept.append(timed)
-                    continue
-                for _ in range(ROUNDS - 1):
-                    go_on(timed)
-    for number in range(2, ROUNDS + 1):
-        print(f"round {number} of {ROUNDS}", file=sys.stderr, flush=True)
-        for timed in kept:
-            go_on(timed)
-    for result in found:
-        print(report.case_table(result) + "\n", flush=True)
-    return {"results": found}
 
 
 def ceilings(args: argparse.Namespace) -> Found:

@@ -1,4 +1,4 @@
-"""What is made of the figures: tables, plots, comparison of two files, README's section.
+"""Reports built from the measurements: tables, plots, comparisons, README's section.
 
 A results file is one JSON object. `machine` says where and of what; every other key is what one
 command of `python -m benchmarks` found, and may be missing.
@@ -27,7 +27,7 @@ def read(file: Path) -> dict[str, Any]:
 
 
 def write(file: Path, found: dict[str, Any]) -> None:
-    """The file, and beside it the same as Markdown."""
+    """Write the file, and the same as Markdown next to it."""
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(found, indent=1) + "\n")
     file.with_suffix(".md").write_text(markdown(found))
@@ -247,7 +247,7 @@ def newest(folder: Path = RESULTS) -> tuple[dict[str, Any] | None, dict[str, Any
 
 
 def figures(gpu: dict[str, Any] | None, cpu: dict[str, Any] | None) -> str:
-    """README's section: our case of every problem beside what one would use without it."""
+    """README's section: our case of every problem against the alternatives."""
     if gpu is None and cpu is None:
         return "No results are committed yet: `make bench` measures a CPU, `make gpu` a GPU."
     parts = [] if gpu else ["No GPU result exists yet (`make gpu` makes one). On a CPU:"]

@@ -1,4 +1,4 @@
-"""How it is timed: whole steps, by turns, with memory, error and repeatability beside the time."""
+"""How it is timed: whole steps, interleaved, with their memory, errors and repeatability."""
 
 import collections
 import contextlib

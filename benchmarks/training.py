@@ -76,10 +76,18 @@ def add_data(parser: argparse.ArgumentParser) -> None:
 
 def train(args: argparse.Namespace) -> dict[str, Any]:
     """An epoch of the glyph run and its evaluation, with the run's own pieces, stage by stage."""
-    from train import loop  # pillow, timm, scikit-learn: for these two commands only
+    # pillow, timm, scikit-learn: for these two commands only
     from train.backbone import backbone_input
     from train.data import ClassBalancedBatches, load, train_batches
     from train.distributed import Ranks
+    from train.embed import (
+        calibration_images,
+        channel_statistics,
+        embed,
+        embed_readable,
+        metrics,
+    )
+    from train.loop import build_optimiser
     from train.losses import build_loss
     from train.model import build_model
     from train.presets import PRESETS
@@ -91,16 +99,14 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(0)
     sets = load(config.data, *backbone_input(config.model))
     images = sets["train"]
-    some, _ = images.batch(range(0, len(images), max(1, len(images) // 1000)))
-    model = build_model(config.model, loop.channel_statistics(images, some), images.size)
+    some = calibration_images(images)
+    model = build_model(config.model, channel_statistics(images, some), images.size)
     loss = build_loss(config.loss, len(images.classes), config.model.embed_dim)
     data = config.data
     batches = ClassBalancedBatches(images.labels, data.batch_size, data.samples_per_class, 0)
-    optimiser, schedule = loop.build_optimiser(
-        config.optim, model, loss, len(batches), config.epochs
-    )
+    optimiser, schedule = build_optimiser(config.optim, model, loss, len(batches), config.epochs)
     model.calibrate(some, config.model.init_norm)
-    features, kept = loop.embed(model, images, config, ranks)
+    features, kept = embed(model, images, config, ranks)
     loss.warmstart(features, images.labels[kept])
 
     stages = timing.Stages("cpu")
@@ -128,8 +134,8 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     evaluations = 2 if args.quick else 3
     for _ in range(evaluations):
         with stages("evaluation"):
-            features, shown = loop.embed_readable(model, sets["test"], config, ranks)
-            loop.metrics(config, features, shown)
+            features, shown = embed_readable(model, sets["test"], config, ranks)
+            metrics(config, features, shown)
     spans = stages.summary()
     return _split(args.preset, spans, share, len(batches), config.epochs)
 

@@ -15,7 +15,7 @@ import torch
 from conftest import device_of
 
 from benchmarks import __main__ as command
-from benchmarks import cases, gpu, report, scale, timing, training
+from benchmarks import cases, gpu, kernels, report, scale, timing, training
 from benchmarks.cases import Problem, Shape
 from nivmf_fast import ELNivMFLoss
 
@@ -120,7 +120,7 @@ def test_all_keeps_what_it_has_when_a_part_breaks(
 def test_every_case_has_its_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     few = [case for case in cases.CASES["proxy_nca"](TINY) if case[0] != "torch.compile"]
     monkeypatch.setitem(cases.CASES, "proxy_nca", lambda _: iter(few))
-    timed = command.Timed(TINY, "tiny")
+    timed = kernels.Timed(TINY, "tiny")
     rows = timed.result["rows"]
     timed.round(0.01)
     runs = [found["runs"] for found in rows]
@@ -141,7 +141,7 @@ def test_every_problem_has_all_its_rounds(
 ) -> None:
     rounds: list[float] = []
 
-    def counted(timed: command.Timed, seconds: float) -> None:
+    def counted(timed: kernels.Timed, seconds: float) -> None:
         rounds.append(timed.problem.temperature)
         for row in timed.result["rows"]:
             row |= {"median_ms": 1.0, "p10_ms": 1.0, "p90_ms": 1.0, "ratio": 1.0}
@@ -149,11 +149,11 @@ def test_every_problem_has_all_its_rounds(
     every = cases.CASES["proxy_nca"]
     monkeypatch.setitem(cases.CASES, "proxy_nca", lambda problem: islice(every(problem), 1))
     monkeypatch.setitem(cases.SHAPES, "tiny", TINY.shape)
-    monkeypatch.setattr(command.Timed, "round", counted)
-    monkeypatch.setattr(command, "HEAVY", 0 if heavy else 1 << 28)
+    monkeypatch.setattr(kernels.Timed, "round", counted)
+    monkeypatch.setattr(kernels, "HEAVY", 0 if heavy else 1 << 28)
     arguments = ["--op", "proxy_nca", "--shape", "tiny", "--device", "cpu"]
     assert command.main([*arguments, "--json", str(tmp_path / "new.json")]) == 0
-    n = command.ROUNDS
+    n = kernels.ROUNDS
     assert rounds == ([1.0] * n + [0.003] * n if heavy else [1.0, 0.003] * n)
     assert len(report.read(tmp_path / "new.json")["results"]) == 2
 
@@ -168,7 +168,7 @@ def test_a_baseline_that_computes_something_else_is_refused(
         cases.CASES, "proxy_nca", lambda _: iter([(name, make), ("wrong", lambda: lambda: wrong)])
     )
     with pytest.raises(SystemExit, match="wrong computes something else"):
-        command.Timed(TINY, "tiny")
+        kernels.Timed(TINY, "tiny")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the resident set is read from /proc")

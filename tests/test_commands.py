@@ -90,6 +90,13 @@ def test_several_seeds_are_resumed_where_they_stopped(seeds, capsys, monkeypatch
     ] == [{k: v for k, v in row.items() if "seconds" not in k} for row in expected]
 
 
+def test_a_bad_loss_leaves_no_folder_for_seeds(tmp_path, capsys):
+    flags = ("--seeds", "1", "2", "--temperature", "0", "--data-root", str(tmp_path))
+    assert main([*TINY, *flags, "--out", str(tmp_path / "out")]) == 1
+    assert "--temperature of loss el-nivmf: " in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
+
+
 def test_evaluate_repeats_the_metrics_of_a_checkpoint_and_exports(seeds, tmp_path, capsys):
     run = seeds / "seed-2"
     export, written = tmp_path / "new" / "features.npz", tmp_path / "metrics.json"
@@ -251,10 +258,10 @@ def test_sweep_runs_go_to_processes_and_what_has_ended_is_not_repeated(tmp_path,
     assert "diverged" in (tmp_path / "a/01/failed.txt").read_text()
     assert sweep.score(wild) == -math.inf
     assert sweep.score(good) > 0
-    assert sweep.ended(good)
-    assert sweep.ended(wild)
+    assert sweep.is_finished(good)
+    assert sweep.is_finished(wild)
     with pytest.raises(Exception, match="other settings"):
-        sweep.ended(Config(**{**vars(good), "seed": 5}))
+        sweep.is_finished(Config(**{**vars(good), "seed": 5}))
 
 
 def test_a_released_command_is_translated(capsys):

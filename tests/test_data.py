@@ -20,6 +20,7 @@ from train.data import (
     all_batches,
     class_folders,
     decode,
+    layouts,
     load,
     train_batches,
     transforms,
@@ -417,6 +418,22 @@ def test_a_whole_known_set_needs_no_mark(tmp_path):
     assert (len(sets["train"]), len(sets["test"])) == (5864, 5924)
 
 
+def test_a_data_set_is_one_row(tmp_path, monkeypatch):
+    def classes(root, known, skip_bad_images):
+        named = [(name, [f"{name}/0.png", f"{name}/1.png"]) for name in "dcba"]
+        return root / "files", {"train": named[:2], "test": named[2:]}
+
+    row = layouts.Known((2, 4), (2, 4), "Letters", "https://letters.test", "them", classes)
+    monkeypatch.setitem(layouts.KNOWN, "letters", row)
+    with pytest.raises(RunError, match=r"get Letters \(https://letters\.test\) and put them under"):
+        load(config(tmp_path, "letters"), channels=1)
+    for name in "abcd":
+        for i in range(2):
+            write_image(tmp_path / f"letters/files/{name}/{i}.png")
+    sets = load(config(tmp_path, "letters"), channels=1)
+    assert (sets["train"].classes, sets["test"].classes) == (["d", "c"], ["b", "a"])
+
+
 def test_the_lists_of_online_products_are_checked(tmp_path):
     folder = write_tree(tmp_path, "online_products", classes=4, images=2)
     (folder / "images/chair_final/1_0.jpg").unlink()
@@ -472,6 +489,14 @@ def test_in_training_the_next_image_of_the_class_stands_in_for_a_bad_one(tmp_pat
         cut(images.folder / images.paths[i])
     with pytest.raises(RunError, match=r"none of the 002\.Bird_2 images in .* can be read"):
         images.batch([5], seeds=[1])
+
+
+def test_a_file_that_cannot_be_read_is_named_once(root, capsys):
+    images = load(config(root), channels=1)["train"]
+    images.warn_unreadable(["a.jpg", "b.jpg"])
+    images.subset(torch.tensor([0])).warn_unreadable(["a.jpg", "c.jpg"])
+    said = capsys.readouterr().out.splitlines()
+    assert said == [f"skipped, cannot be read: {name}.jpg" for name in "abc"]
 
 
 def test_a_set_in_memory_goes_without_its_bad_images(root, capsys):

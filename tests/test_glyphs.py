@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from train import glyphs
+from train.data import glyphs
 from train.evaluate import spearman
 
 

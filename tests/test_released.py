@@ -10,7 +10,8 @@ import pytest
 
 pytest.importorskip("pytorch_metric_learning")
 
-from train.config import Config, RunError, by_flag, parse
+from train.cli import parse
+from train.config import Config, RunError, by_flag
 from train.losses import build_loss
 from train.presets import PRESETS
 from train.released import FLAGS, LOSS_NAMES, MINER_NAMES, table, translate

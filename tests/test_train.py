@@ -19,7 +19,8 @@ from PIL import Image
 from train import config as train_config
 from train import evaluate, loop, report, run_folder
 from train.__main__ import main
-from train.config import INHERITED_LOSSES, PAPER_LOSSES, Config, RunError, parse
+from train.cli import parse
+from train.config import INHERITED_LOSSES, PAPER_LOSSES, Config, RunError
 from train.presets import PRESETS
 
 ROOT = Path(__file__).parents[1]
@@ -439,6 +440,10 @@ def test_help_explains_every_flag(capsys):
         (["--epochs"], "--epochs"),
         (["--epochs", "0"], "--epochs is 0, but must be at least 1"),
         (["--lr", "nan"], "--lr is nan, but must be above 0"),
+        (["--milestones", "3", "0"], "--milestones is 0, but must be at least 1"),
+        (["--train-share", "1.5"], "--train-share is 1.5, but must be above 0 and at most 1"),
+        (["--dataset", "absent", "--temperature", "0"], "--temperature of loss el-nivmf: "),
+        (["--workspace", "0"], "--workspace of loss el-nivmf: workspace must be"),
         (["--loss", "tripplet"], "--loss is 'tripplet' (did you mean triplet"),
         (["--miner", "semi"], "--miner is 'semi' (did you mean semihard"),
         (["--miner", "semihard"], "--miner semihard goes with triplet"),

@@ -13,8 +13,8 @@ from torch.nn.functional import normalize
 pytest.importorskip("pytorch_metric_learning")
 
 from train.config import INHERITED_LOSSES, MINERS, PAPER_LOSSES, LossConfig, RunError
-from train.losses import LOSS_OPS, LOSSES, InheritedLoss, build_loss
-from train.losses import MINERS as MINER_TABLE
+from train.losses import MetricLearningLoss, build_loss
+from train.metric_learning import LOSSES
 
 P, D, B = 6, 8, 12
 WITH_PROXIES = ("proxy-anchor", "proxy-nca", "normalized-softmax", "arcface", "soft-triple")
@@ -33,10 +33,7 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
     return embeddings, torch.arange(B) // 2 % P
 
 
-def test_every_name_has_a_loss_and_every_miner_a_class() -> None:
-    assert set(LOSSES) == set(INHERITED_LOSSES)
-    assert set(MINER_TABLE) | {"none"} == set(MINERS)
-    assert set(LOSS_OPS) == {*PAPER_LOSSES, *INHERITED_LOSSES}
+def test_losses_with_proxies_take_no_miner() -> None:
     assert {name for name, entry in LOSSES.items() if entry.takes_miner} == set(WITH_MINER)
 
 
@@ -67,6 +64,12 @@ def test_descent_solves_a_batch(name: str) -> None:
         last = value.item()
     assert last < 0.85 * first
     assert embeddings.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["el-nivmf", "nivmf"])
+def test_precision_and_workspace_reach_their_loss(name: str) -> None:
+    options = build(name, precision="fast", workspace=1 << 20).kernel_options
+    assert (options["precision"], options["workspace"]) == ("fast", 1 << 20)
 
 
 def test_the_papers_options_reach_their_loss() -> None:
@@ -435,7 +438,7 @@ def test_a_defect_within_ones_own_loss_keeps_its_trace() -> None:
 def test_the_adapter_is_a_plain_module() -> None:
     loss = build("proxy-anchor")
     other = build("proxy-anchor", seed=1)
-    assert isinstance(loss, InheritedLoss)
+    assert isinstance(loss, MetricLearningLoss)
     assert loss(*batch()) != other(*batch())
     other.load_state_dict(loss.state_dict())
     assert loss(*batch()) == other(*batch())

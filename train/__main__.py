@@ -22,7 +22,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     line, code = "interrupted", 130
     try:
         # Imported here: Ctrl-C in the seconds that torch takes to load is no stack trace either.
-        from train.config import COMMANDS, RunError, parse, parse_command
+        from train.cli import COMMANDS, parse, parse_command
+        from train.config import RunError
         from train.presets import PRESETS
 
         arguments = sys.argv[1:] if arguments is None else list(arguments)

@@ -96,7 +96,7 @@ def _features(module: nn.Module, config: ModelConfig, channels: int, size: int) 
     try:
         with torch.no_grad():
             features = module.eval()(torch.zeros(1, channels, size, size))
-    except Exception as error:  # of any kind, in a module of the user's
+    except Exception as error:  # user code may raise anything
         raise RunError(
             f"--backbone {config.backbone} fails on images of {size} pixels ({_reason(error)}): "
             "choose another --image-size"
@@ -142,11 +142,11 @@ def _googlenet(config: ModelConfig) -> nn.Module:
 
 
 def _own(config: ModelConfig) -> nn.Module:
-    """What a factory of the user's returns."""
+    """Call the user's factory."""
     place, _, name = config.backbone.partition(":")
     try:
         module = getattr(importlib.import_module(place), name)()
-    except Exception as error:  # of any kind, in code of the user's
+    except Exception as error:  # user code may raise anything
         raise RunError(f"--backbone {config.backbone}: {_reason(error)}") from None
     if not isinstance(module, nn.Module):
         kind = type(module).__name__

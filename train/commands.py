@@ -1,4 +1,4 @@
-"""What `python -m train` does beside training: evaluate a checkpoint, compare runs, sweep."""
+"""The commands of `python -m train` other than training: evaluate, compare and sweep."""
 
 import dataclasses
 import io
@@ -14,7 +14,7 @@ from train.compare import compare
 from train.config import Config, EvaluateConfig, RunError
 from train.data import load
 from train.distributed import processes
-from train.loop import embed_readable, metrics
+from train.embed import embed_readable, metrics
 from train.model import build_model
 from train.run_folder import RunFolder, read_checkpoint
 from train.sweep import sweep

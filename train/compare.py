@@ -1,4 +1,4 @@
-"""Several runs beside each other: a table and a plot."""
+"""Several runs side by side: a table and a plot."""
 
 import csv
 import io

@@ -1,33 +1,24 @@
-"""The typed configuration of a run, and the command line that fills it in."""
+"""The typed configuration of a run and of the other commands, with the bounds of every value."""
 
-import contextlib
 import dataclasses
 import difflib
-import io
 import itertools
 import json
-import re
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 import tyro
 
+from nivmf_fast import losses
+from train import metric_learning
+
 # Every loss and miner that a run knows by name; train/losses.py makes them.
-PAPER_LOSSES = ("el-nivmf", "el-vmf", "b-vmf", "kl-vmf", "nivmf", "l2", "cos")
-INHERITED_LOSSES = (  # from pytorch-metric-learning
-    *("proxy-anchor", "proxy-nca", "normalized-softmax", "arcface", "soft-triple"),  # with proxies
-    *("triplet", "margin", "contrastive", "multi-similarity", "lifted", "n-pair", "angular", "snr"),
-)
-MINERS = (  # from pytorch-metric-learning
-    *("none", "distance-weighted", "semihard", "hard", "all", "easy-hard", "batch-hard"),
-    *("multi-similarity", "pair-margin", "angular"),
-)
-CHANGEABLE = {  # flags that may differ when a run is resumed
-    *("--out", "--resume", "--device", "--data-root", "--workers"),
-    *("--tensorboard", "--tracker", "--project"),
-}
+PAPER_LOSSES = tuple(losses.PAPER_LOSSES)
+INHERITED_LOSSES = tuple(metric_learning.LOSSES)
+MINERS = ("none", *metric_learning.MINERS)
 T = TypeVar("T")
 
 _LOSS_HELP = (
@@ -38,11 +29,37 @@ _MINER_HELP = f"Miner of tuples for an inherited loss without proxies: {', '.joi
 
 
 class RunError(Exception):
-    """What ends a run and is no defect of the program: its one line is all that the user sees."""
+    """A problem with the user's input or machine, not a bug: its one line is all that is shown."""
 
 
 class Diverged(RunError):
     """The numbers of a run are no longer finite."""
+
+
+@dataclass(frozen=True)
+class AtLeast:
+    """A bound, as an annotation of a field; of a tuple, it holds for every entry."""
+
+    least: float
+
+    def holds(self, value: float) -> bool:
+        return value >= self.least
+
+    def __str__(self) -> str:
+        return f"at least {self.least}"
+
+
+@dataclass(frozen=True)
+class Positive:
+    """As `AtLeast`: above 0, and at most `most`."""
+
+    most: float = math.inf
+
+    def holds(self, value: float) -> bool:
+        return 0 < value <= self.most
+
+    def __str__(self) -> str:
+        return "above 0" if self.most == math.inf else f"above 0 and at most {self.most:g}"
 
 
 @dataclass(frozen=True)
@@ -52,26 +69,26 @@ class DataConfig:
     folder DATA_ROOT/NAME/CLASS/*.jpg of class folders."""
     data_root: Path = Path("~/.cache/nivmf_fast")
     """Folder that holds the data sets."""
-    glyph_characters: int = 200
+    glyph_characters: Annotated[int, AtLeast(4)] = 200
     """Characters of the glyph set; the first half trains, the second half tests."""
-    glyph_images: int = 40
+    glyph_images: Annotated[int, AtLeast(2)] = 40
     """Images of each character."""
     augmentation: Literal["none", "base", "big", "adv", "red"] = "none"
     """Training images: none (whole images, kept in memory: for small sets), base (random resized
     crop, flip), big (the same, larger), adv (with grey and colour jitter), red (random crop)."""
-    image_size: int | None = None
+    image_size: Annotated[int | None, AtLeast(8)] = None
     """Images become square, this many pixels wide; by default 28 with --augmentation none, and else
     224 (big 256, GoogLeNet 227)."""
-    batch_size: int = 100
+    batch_size: Annotated[int, AtLeast(1)] = 100
     """Images in a batch, over all processes."""
-    samples_per_class: int = 2
+    samples_per_class: Annotated[int, AtLeast(1)] = 2
     """Images drawn of a class; a batch draws batch_size / samples_per_class classes."""
     validation: Literal["none", "class", "samples"] = "none"
     """Evaluate on a part of the training half instead of the test classes: the last classes, or the
     last images of every class."""
-    train_share: float = 0.7
+    train_share: Annotated[float, Positive(1)] = 0.7
     """Share of the training half that a validation split leaves for training."""
-    workers: int = 0
+    workers: Annotated[int, AtLeast(0)] = 0
     """Processes that read images, for each training process."""
     skip_bad_images: bool = False
     """Name images that cannot be read and go on without them."""
@@ -89,16 +106,16 @@ class ModelConfig:
     """Keep the statistics and the eval mode of BatchNorm layers."""
     pooling: Literal["avg", "avg+max"] = "avg"
     """Global pooling before the embedding layer."""
-    width: int = 16
+    width: Annotated[int, AtLeast(1)] = 16
     """Channels of the conv net's first block; each further block has twice as many."""
-    embed_dim: int = 64
+    embed_dim: Annotated[int, AtLeast(2)] = 64
     """Dimension of the embedding."""
-    init_norm: float | None = None
+    init_norm: Annotated[float | None, Positive()] = None
     """Mean embedding norm, which is the images' concentration, at the start: the embedding layer is
     scaled to it on training images."""
-    init_norm_multiplier: float | None = None
+    init_norm_multiplier: Annotated[float | None, Positive()] = None
     """Multiply the embedding layer's initial weight by this."""
-    max_norm: float | None = None
+    max_norm: Annotated[float | None, Positive()] = None
     """Bound of the embedding norm: a norm r becomes r / (1 + r / max_norm)."""
     normalize_output: bool = False
     """Embeddings of norm 1, for losses without uncertainty."""
@@ -137,6 +154,10 @@ class LossConfig:
     """Share of the negative proxies, drawn anew each step, that the loss sees."""
     backend: str = "auto"
     """What computes el-nivmf and nivmf: auto, or what `python -m nivmf_fast` lists as usable."""
+    precision: str = "float32"
+    """Products of el-nivmf and nivmf: float32, or fast, which is cheaper and less accurate."""
+    workspace: int | None = None
+    """Bytes of scratch for el-nivmf and nivmf; 64 MiB by default on a CPU, 256 MiB on a GPU."""
     miner: Annotated[str, tyro.conf.arg(help=_MINER_HELP)] = "none"
     loss_options: str = "{}"
     """Further arguments of an inherited loss, or of your own, as JSON."""
@@ -148,28 +169,28 @@ class LossConfig:
 class OptimConfig:
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
     """sgd has momentum 0.9."""
-    lr: float = 1e-5
+    lr: Annotated[float, Positive()] = 1e-5
     """Learning rate of the network."""
-    weight_decay: float = 4e-4
+    weight_decay: Annotated[float, AtLeast(0)] = 4e-4
     """Weight decay on the network."""
-    embedding_lr: float | None = None
+    embedding_lr: Annotated[float | None, Positive()] = None
     """Learning rate of the embedding layer; that of the network by default."""
     schedule: Literal["step", "cosine", "constant"] = "step"
     """Course of the learning rates: times gamma after each milestone, down to zero at the last
     batch, or none."""
-    milestones: tuple[int, ...] = ()
+    milestones: Annotated[tuple[int, ...], AtLeast(1)] = ()
     """Epochs after which the learning rates are multiplied by gamma."""
-    gamma: float = 0.3
+    gamma: Annotated[float, Positive()] = 0.3
     """Factor of the learning rates at a milestone."""
-    warmup: int = 0
+    warmup: Annotated[int, AtLeast(0)] = 0
     """Epochs at the start that train the embedding layer and the loss only."""
-    proxy_lr_mult: float = 5000.0
+    proxy_lr_mult: Annotated[float, AtLeast(0)] = 5000.0
     """Learning rate of the proxies' directions, as a multiple of lr."""
-    conc_lr_mult: float = 50000.0
+    conc_lr_mult: Annotated[float, AtLeast(0)] = 50000.0
     """Learning rate of the proxies' concentrations, as a multiple of lr."""
-    temp_lr_mult: float = 500.0
+    temp_lr_mult: Annotated[float, AtLeast(0)] = 500.0
     """Learning rate of the temperature, as a multiple of lr."""
-    clip_grad: float | None = None
+    clip_grad: Annotated[float | None, Positive()] = None
     """Bound of the norm of the network's gradient."""
     amp: Literal["none", "bfloat16", "float16"] = "none"
     """Precision of the network under autocast; losses stay float32."""
@@ -181,11 +202,11 @@ class OptimConfig:
 class Config:
     preset: str = "glyphs"
     """Set of defaults that other flags override; below is the list."""
-    epochs: int = 150
+    epochs: Annotated[int, AtLeast(1)] = 150
     """Rounds over the training images."""
-    seed: int = 0
+    seed: Annotated[int, AtLeast(0)] = 0
     """Seed of everything random but the data set: same seed, same machine, same metrics."""
-    seeds: tuple[int, ...] = ()
+    seeds: Annotated[tuple[int, ...], AtLeast(0)] = ()
     """Several runs, one for each seed, in folders of --out, and a table of mean and deviation."""
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda, cuda:1, ..."""
@@ -193,15 +214,15 @@ class Config:
     """Run folder; without it runs/PRESET-001, -002, ..."""
     resume: bool = False
     """Continue the run in --out (or the newest of the preset) after its last checkpoint."""
-    limit_batches: int | None = None
+    limit_batches: Annotated[int | None, AtLeast(1)] = None
     """At most this many batches per epoch, to try things out."""
-    evaluate_every: int = 1
+    evaluate_every: Annotated[int, AtLeast(1)] = 1
     """Epochs from one evaluation to the next; the last is always evaluated."""
     clustering: bool = True
     """Evaluate NMI and F1 of k-means, which takes the most time on large sets."""
     storage_metric: str = "c_recall@1"
     """Column of metrics.csv whose improvement makes a checkpoint the best one."""
-    checkpoint_batches: int | None = None
+    checkpoint_batches: Annotated[int | None, AtLeast(1)] = None
     """Batches between checkpoints within an epoch; there is always one after each epoch."""
     class_parallel: bool = False
     """Under torchrun, spread the classes over the processes: for more than one GPU can hold."""
@@ -229,64 +250,22 @@ class Config:
         return _from_dict(cls, json.loads(text))
 
     def check(self) -> None:
-        """Raise a RunError for a value that no run can have."""
-        data, model, loss, optim = self.data, self.model, self.loss, self.optim
-        at_least: list[tuple[str, float | None, float]] = [
-            ("--epochs", self.epochs, 1),
-            ("--seed", self.seed, 0),
-            *(("--seeds", seed, 0) for seed in self.seeds),
-            ("--limit-batches", self.limit_batches, 1),
-            ("--evaluate-every", self.evaluate_every, 1),
-            ("--checkpoint-batches", self.checkpoint_batches, 1),
-            ("--image-size", data.image_size, 8),
-            ("--glyph-images", data.glyph_images, 2),
-            ("--glyph-characters", data.glyph_characters, 4),
-            ("--samples-per-class", data.samples_per_class, 1),
-            ("--batch-size", data.batch_size, 1),
-            ("--workers", data.workers, 0),
-            ("--width", model.width, 1),
-            ("--embed-dim", model.embed_dim, 2),
-            ("--n-samples", loss.n_samples, 1),
-            ("--guidance-weight", loss.guidance_weight, 0),
-            ("--weight-decay", optim.weight_decay, 0),
-            ("--warmup", optim.warmup, 0),
-            *(("--milestones", epoch, 1) for epoch in optim.milestones),
-            ("--proxy-lr-mult", optim.proxy_lr_mult, 0),
-            ("--conc-lr-mult", optim.conc_lr_mult, 0),
-            ("--temp-lr-mult", optim.temp_lr_mult, 0),
-        ]
-        for flag, value, least in at_least:
-            if value is not None and not value >= least:
-                raise RunError(f"{flag} is {value}, but must be at least {least}")
-        positive: list[tuple[str, float | None]] = [
-            ("--lr", optim.lr),
-            ("--embedding-lr", optim.embedding_lr),
-            ("--gamma", optim.gamma),
-            ("--clip-grad", optim.clip_grad),
-            ("--init-norm", model.init_norm),
-            ("--init-norm-multiplier", model.init_norm_multiplier),
-            ("--max-norm", model.max_norm),
-            ("--temperature", loss.temperature),
-            ("--bindev-alpha", loss.bindev_alpha),
-        ]
-        for flag, value in positive:
-            if value is not None and not value > 0:
-                raise RunError(f"{flag} is {value}, but must be above 0")
-        for flag, value in (
-            ("--train-share", data.train_share),
-            ("--negative-share", loss.negative_share),
-        ):
-            if not 0 < value <= 1:
-                raise RunError(f"{flag} is {value}, but must be above 0 and at most 1")
+        """Raise a RunError for a value that no run can have, or values that exclude each other.
+
+        What only the loss can judge is left to its constructor; see `train.losses.check_loss`.
+        """
+        for flag, value, notes in flags(self):
+            bounds = [note for note in notes if isinstance(note, (AtLeast, Positive))]
+            entries = value if isinstance(value, tuple) else (value,)
+            for bound, entry in itertools.product(bounds, entries):
+                if entry is not None and not bound.holds(entry):
+                    raise RunError(f"{flag} is {entry}, but must be {bound}")
+        data, model, loss = self.data, self.model, self.loss
         for flag, text in (
             ("--loss-options", loss.loss_options),
             ("--miner-options", loss.miner_options),
         ):
-            try:
-                valid = isinstance(json.loads(text), dict)
-            except json.JSONDecodeError:
-                valid = False
-            if not valid:
+            if not _is_json_object(text):
                 example = f"{flag} '{{\"margin\": 0.2}}'"
                 raise RunError(f"{flag} is {text!r}, but must be a JSON object, as in {example}")
         for flag, name, known in (
@@ -304,6 +283,51 @@ class Config:
                 f"--batch-size is {data.batch_size}, but must be a multiple of "
                 f"--samples-per-class, which is {data.samples_per_class}"
             )
+
+
+def _is_json_object(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except json.JSONDecodeError:
+        return False
+
+
+def flags(config: Any) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
+    """Every value of a configuration: its flag, the value, what its annotation adds to the type."""
+    hints = get_type_hints(type(config), include_extras=True)
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        if dataclasses.is_dataclass(value):
+            yield from flags(value)
+            continue
+        own = "dataset" if isinstance(config, DataConfig) else "loss"
+        name = own if item.name == "name" else item.name.replace("_", "-")
+        yield f"--{name}", value, getattr(hints[item.name], "__metadata__", ())
+
+
+def by_flag(config: Any) -> dict[str, Any]:
+    """Every value of a configuration under its flag's name."""
+    return {flag: value for flag, value, _ in flags(config)}
+
+
+def _from_dict(kind: type[T], values: dict[str, Any]) -> T:
+    arguments = {}
+    for name, value in values.items():
+        hint = get_type_hints(kind)[name]
+        if dataclasses.is_dataclass(hint):
+            value = _from_dict(hint, value)
+        elif value is not None and hint in (Path, Path | None):
+            value = Path(value)
+        elif hint == tuple[int, ...]:
+            value = tuple(value)
+        arguments[name] = value
+    return kind(**arguments)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """What to add to the message about an unknown name."""
+    near = difflib.get_close_matches(name, list(known), n=3)
+    return f" (did you mean {' or '.join(near)}?)" if near else ""
 
 
 @dataclass(frozen=True)
@@ -365,148 +389,3 @@ class SweepConfig:
     """Folder that holds the data sets."""
     limit_batches: int | None = None
     """At most this many batches per epoch, to try things out."""
-
-
-COMMANDS = {"evaluate": EvaluateConfig, "compare": CompareConfig, "sweep": SweepConfig}
-
-
-def parse_command(
-    name: str, arguments: Sequence[str]
-) -> EvaluateConfig | CompareConfig | SweepConfig:
-    """The configuration of a command beside training."""
-    config, unknown = _cli(COMMANDS[name], arguments, None, prog=f"python -m train {name}")
-    if unknown:
-        raise RunError(f"unknown argument {unknown[0]}; `{name} --help` lists all")
-    return config
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """What to add to the message about an unknown name."""
-    near = difflib.get_close_matches(name, list(known), n=3)
-    return f" (did you mean {' or '.join(near)}?)" if near else ""
-
-
-@dataclass(frozen=True)
-class _Early:
-    """What decides about the defaults of all the rest."""
-
-    preset: str | None = None
-    out: Path | None = None
-    resume: bool = False
-
-
-def parse(arguments: Sequence[str], presets: dict[str, Config]) -> Config:
-    """The preset's values, or with --resume those stored in the folder, overridden by the flags."""
-    early, _ = _cli(_Early, arguments, _Early(), add_help=False)
-    preset = early.preset or Config.preset
-    if preset not in presets:
-        raise RunError(f"--preset is {preset!r}, but must be one of {', '.join(presets)}")
-    folder = early.out or _numbered_folder(preset, newest=early.resume)
-    stored = _stored(folder) if early.resume else None
-    default = dataclasses.replace(stored or presets[preset], out=early.out, resume=False)
-    config, unknown = _cli(Config, arguments, default, description=_description(presets))
-    if unknown:
-        hint = nearest(unknown[0], by_flag(config))
-        raise RunError(f"unknown argument {unknown[0]}{hint}; --help lists all flags")
-    config = dataclasses.replace(config, out=folder)
-    if stored:
-        asked = by_flag(config)
-        for flag, value in by_flag(stored).items():
-            if value != asked[flag] and flag not in CHANGEABLE:
-                raise RunError(
-                    f"the run in {folder} has {flag} {value}, not {asked[flag]}: "
-                    "resume it as it is, or start another with another --out"
-                )
-    config.check()
-    return config
-
-
-def _description(presets: Iterable[str]) -> str:
-    return (
-        "Train and evaluate a retrieval model. Other commands (each has --help): "
-        "`evaluate` a checkpoint again, `compare` runs, `sweep` settings; "
-        "--from-released 'python main.py ...' translates a command of the paper's code. "
-        f"Presets: {', '.join(presets)}."
-    )
-
-
-def _cli(
-    kind: type[T],
-    arguments: Sequence[str],
-    default: T | None,
-    add_help: bool = True,
-    prog: str = "python -m train",
-    description: str | None = None,
-) -> tuple[T, list[str]]:
-    """tyro's parser, its framed error messages made into one line."""
-    messages = io.StringIO()
-    given: dict[str, Any] = {} if default is None else {"default": default}
-    try:
-        with contextlib.redirect_stderr(messages):
-            return tyro.cli(
-                kind,
-                prog=prog,
-                description=description,
-                args=list(arguments),
-                config=(tyro.conf.OmitArgPrefixes,),
-                return_unknown_args=True,
-                add_help=add_help,
-                **given,
-            )
-    except SystemExit as error:
-        if not error.code:  # --help
-            raise
-        # A title, the error, and after a rule the help: with or without a frame around.
-        plain = re.sub(r"\x1b\[[0-9;]*m", "", messages.getvalue())
-        rows = [row.strip(" │") for row in plain.splitlines()[1:]]
-        blocks = itertools.groupby(rows, key=lambda row: bool(row.strip("╭╮╰╯─- ")))
-        first = next((" ".join(block) for is_text, block in blocks if is_text), "bad arguments")
-        reason = first.removeprefix("Error parsing ").rstrip(".")
-        raise RunError(f"{reason}; --help lists all flags") from None
-
-
-def _numbered_folder(preset: str, newest: bool) -> Path:
-    """The newest of runs/PRESET-001, ..., or else the next."""
-    pattern = re.compile(re.escape(preset) + r"-(\d{3,})")
-    there = Path("runs").glob(f"{preset}-*")
-    numbers = [int(match[1]) for path in there if (match := pattern.fullmatch(path.name))]
-    number = max(numbers, default=0) + (0 if newest and numbers else 1)
-    return Path("runs") / f"{preset}-{number:03d}"
-
-
-def _stored(folder: Path) -> Config | None:
-    path = folder / "config.json"
-    if not path.exists():
-        return None
-    try:
-        return Config.from_json(path.read_text(encoding="utf-8"))
-    except (TypeError, KeyError, ValueError) as error:
-        raise RunError(f"{path} is not a configuration of this version: {error}") from None
-
-
-def by_flag(config: Any) -> dict[str, Any]:
-    """Every value of a configuration under its flag's name."""
-    values: dict[str, Any] = {}
-    for item in dataclasses.fields(config):
-        value = getattr(config, item.name)
-        if dataclasses.is_dataclass(value):
-            values |= by_flag(value)
-        else:
-            own = "dataset" if isinstance(config, DataConfig) else "loss"
-            name = own if item.name == "name" else item.name.replace("_", "-")
-            values[f"--{name}"] = value
-    return values
-
-
-def _from_dict(kind: type[T], values: dict[str, Any]) -> T:
-    arguments = {}
-    for name, value in values.items():
-        hint = get_type_hints(kind)[name]
-        if dataclasses.is_dataclass(hint):
-            value = _from_dict(hint, value)
-        elif value is not None and hint in (Path, Path | None):
-            value = Path(value)
-        elif hint == tuple[int, ...]:
-            value = tuple(value)
-        arguments[name] = value
-    return kind(**arguments)

@@ -1,4 +1,4 @@
-"""The processes of a run: one, or as many as torchrun started (the environment tells)."""
+"""The processes of a run: one, or as many as torchrun started (read from the environment)."""
 
 import contextlib
 import os

@@ -1,8 +1,8 @@
-"""How well embeddings retrieve and cluster, and how well they know when they are right.
+"""How well embeddings retrieve and cluster, and how well their uncertainty predicts errors.
 
 "e_" metrics are Euclidean on the raw embeddings, "c_" metrics on the normalised ones (cosine). The
-query itself is never a hit. Equally near images count in the order of the set. On a CPU every
-metric is the same to the last bit for any number of threads.
+query itself is never a hit. Ties keep the order of the data set. On a CPU every metric is the same
+to the last bit for any number of threads.
 """
 
 import math

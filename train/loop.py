@@ -5,95 +5,39 @@ import io
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
-from nivmf_fast import which_backend
 from train import compare, evaluate, report, tracking
 from train.backbone import backbone_input
-from train.config import Config, Diverged, LossConfig, OptimConfig, RunError
-from train.data import ClassBalancedBatches, ImageSet, all_batches, load, train_batches
+from train.config import Config, Diverged, OptimConfig, RunError
+from train.data import ClassBalancedBatches, ImageSet, load, train_batches
 from train.distributed import Ranks, processes
-from train.losses import LOSS_OPS, build_loss
+from train.embed import (
+    autocast,
+    calibration_images,
+    channel_statistics,
+    embed,
+    embed_readable,
+    metrics,
+)
+from train.losses import build_loss, check_loss, loss_backends
 from train.model import EmbeddingNet, build_model
 from train.run_folder import LAST, RunFolder
+from train.state import State
 
-AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 OPTIMISERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adam": torch.optim.Adam,
     "adamw": torch.optim.AdamW,
     "sgd": lambda groups: torch.optim.SGD(groups, momentum=0.9),
 }
-
-
-@dataclass
-class State:
-    """All that a checkpoint holds: a run that loads it ends as if it had never stopped."""
-
-    model: EmbeddingNet
-    loss: nn.Module
-    optimiser: torch.optim.Optimizer
-    schedule: LambdaLR
-    scaler: torch.amp.GradScaler
-    epoch: int = 0  # that is done
-    step: int = 0  # of the next epoch, that is done
-    losses: float = 0.0  # sum over these steps
-    seconds: float = 0.0  # that they took
-    history: list[dict[str, float]] = field(default_factory=list)  # rows of metrics.csv
-
-    def parts(self) -> list[tuple[str, Any]]:
-        names = ("model", "loss", "optimiser", "schedule", "scaler")
-        return [(name, getattr(self, name)) for name in names]
-
-    def position(self) -> dict[str, Any]:
-        names = ("epoch", "step", "losses", "seconds", "history")
-        return {name: getattr(self, name) for name in names}
-
-    def save(self, config: Config, ranks: Ranks, folder: RunFolder, best: bool = False) -> None:
-        """Write a checkpoint, as the last one and, if it is, as the best."""
-        content = {name: part.state_dict() for name, part in self.parts()}
-        content |= {"torch_random": torch.get_rng_state(), "config": config.to_json()}
-        if torch.cuda.is_available():
-            content["cuda_random"] = torch.cuda.get_rng_state_all()
-        content |= self.position()
-        if config.class_parallel:  # every process writes its classes, and this refers to them
-            name = f"classes-{self.epoch}-{self.step}"
-            slices = self.loss.sharded_state_dict(self.optimiser)
-            dcp.save(slices, checkpoint_id=folder.path / name, no_dist=ranks.size == 1)
-            content |= {"classes": name, "loss": {}}
-            content["optimiser"]["state"] = self.without_classes(content["optimiser"]["state"])
-        if ranks.first:
-            folder.save(content, best)
-            if config.class_parallel:
-                folder.drop_classes()
-
-    def without_classes(self, state: dict[int, Any]) -> dict[int, Any]:
-        """An optimiser's state but for the loss's parameters, which are saved slice by slice."""
-        own = {id(parameter) for parameter in self.loss.parameters()}
-        every = [p for group in self.optimiser.param_groups for p in group["params"]]
-        return {i: value for i, value in state.items() if id(every[i]) not in own}
-
-    def load(self, content: dict[str, Any], ranks: Ranks, folder: Path) -> None:
-        for name, part in self.parts():
-            if name != "loss" or "classes" not in content:
-                part.load_state_dict(content[name])
-        if "classes" in content:
-            slices = self.loss.sharded_state_dict(self.optimiser)
-            dcp.load(slices, checkpoint_id=folder / content["classes"], no_dist=ranks.size == 1)
-        torch.set_rng_state(content["torch_random"].cpu())
-        if torch.cuda.is_available() and "cuda_random" in content:
-            torch.cuda.set_rng_state_all([state.cpu() for state in content["cuda_random"]])
-        for name in self.position():
-            setattr(self, name, content[name])
 
 
 def train(config: Config) -> None:
@@ -103,6 +47,7 @@ def train(config: Config) -> None:
         if not config.seeds:
             run(config, ranks)
             return
+        check_loss(config.loss, config.class_parallel)  # before there is a folder
         group = RunFolder.open(config) if ranks.first else RunFolder(config.folder)
         if ranks.first:
             group.create(config)
@@ -127,13 +72,7 @@ def run(config: Config, ranks: Ranks) -> None:
         if ranks.first:
             print(f"finished already: {folder.path / report.REPORT} (nothing was changed)")
         return
-    if ranks.first:
-        tracking.check(config)
-    if config.data.batch_size % ranks.size:
-        raise RunError(
-            f"--batch-size is {config.data.batch_size}, but must be a multiple of the number of "
-            f"processes, which is {ranks.size}"
-        )
+    check(config, ranks)
     torch.manual_seed(config.seed)
     torch.backends.cudnn.deterministic = True
 
@@ -141,12 +80,11 @@ def run(config: Config, ranks: Ranks) -> None:
     with ranks.in_turn():  # what is rendered or fetched is so once
         sets = load(config.data, channels, crop)
         train_set, test_set = sets["train"], sets.get("validation", sets["test"])
-        some = some_of(train_set)
+        some = calibration_images(train_set)
         form = replace(config.model, pretrained="none") if checkpoint else config.model
         model = build_model(form, channel_statistics(train_set, some), train_set.size).to(device)
-    classes, dim = len(train_set.classes), config.model.embed_dim
+    data, classes, dim = config.data, len(train_set.classes), config.model.embed_dim
     loss = build_loss(config.loss, classes, dim, config.class_parallel).to(device)
-    data = config.data
     batches = ClassBalancedBatches(
         train_set.labels, data.batch_size, data.samples_per_class, config.seed
     )
@@ -154,28 +92,19 @@ def run(config: Config, ranks: Ranks) -> None:
     optimiser, schedule = build_optimiser(config.optim, model, loss, steps, config.epochs)
     scaler = torch.amp.GradScaler(device.type, enabled=config.optim.amp == "float16")
     state = State(model, loss, optimiser, schedule, scaler)
-    raw_recall = None
-    if test_set.images is not None:
-        raw = evaluate.retrieve(test_set.images.flatten(1), test_set.labels, "e")
-        raw_recall = raw.recall(1)
+    pixels, raw_recall = test_set.images, None
+    if pixels is not None:
+        raw_recall = evaluate.retrieve(pixels.flatten(1), test_set.labels, "e").recall(1)
     if ranks.first:
         describe(config, ranks, model, train_set, test_set, raw_recall)
         folder.create(config)
 
     if checkpoint:
-        try:
-            state.load(checkpoint, ranks, folder.path)
-        except (KeyError, RuntimeError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise RunError(f"{folder.path / LAST} does not fit this run ({reason})") from None
-        if ranks.first:
-            if state.history:
-                folder.write_metrics(state.history)  # the last run may have ended before it could
-            print(f"resuming after epoch {state.epoch} of {config.epochs}, batch {state.step}")
+        resume(config, state, checkpoint, ranks, folder)
     else:
         if config.resume and ranks.first:
             print(f"no checkpoint in {folder.path}: starting afresh")
-        begin(config, state, train_set, some, ranks)
+        initialise(config, state, train_set, some, ranks)
 
     network = wrap(config, model, ranks)
     embedded: tuple[Tensor, ImageSet] | None = None
@@ -193,11 +122,8 @@ def run(config: Config, ranks: Ranks) -> None:
             if (state.epoch + 1) % config.evaluate_every == 0 or state.epoch + 1 == config.epochs:
                 embedded, columns = evaluate_epoch(config, model, test_set, ranks)
                 row |= columns
-            metric = config.storage_metric
-            best = max((r[metric] for r in state.history if metric in r), default=-math.inf)
-            state.history.append(row)
-            state.epoch, state.step, state.losses, state.seconds = state.epoch + 1, 0, 0.0, 0.0
-            state.save(config, ranks, folder, best=row.get(metric, -math.inf) > best)
+            best = state.end_epoch(row, config.storage_metric)
+            state.save(config, ranks, folder, best)
             if log:
                 folder.write_metrics(state.history)
                 log(row, state.epoch)
@@ -206,17 +132,40 @@ def run(config: Config, ranks: Ranks) -> None:
     if embedded is None:  # all epochs were done when the run was resumed
         embedded = embed_readable(model, test_set, config, ranks)
     if ranks.first:
-        features, shown = embedded[0].cpu(), embedded[1]
-        content = io.BytesIO()
-        labels, paths = shown.labels.numpy(), np.array(shown.paths)
-        np.savez(content, features=features.numpy(), labels=labels, paths=paths)
-        folder.write("embeddings_test.npz", content.getvalue())
-        report.write(folder, config, state.history, features, shown, raw_recall)
-        print(f"report: {folder.path / report.REPORT}")
+        finish(config, state, folder, *embedded, raw_recall)
 
 
-def begin(config: Config, state: State, train_set: ImageSet, some: Tensor, ranks: Ranks) -> None:
-    """What a run does before its first step: statistics, the scale of the norm, the proxies."""
+def check(config: Config, ranks: Ranks) -> None:
+    """Raise a RunError, before any data is read, for what can be known to fail later."""
+    if ranks.first:
+        tracking.check(config)
+    check_loss(config.loss, config.class_parallel)
+    if config.data.batch_size % ranks.size:
+        raise RunError(
+            f"--batch-size is {config.data.batch_size}, but must be a multiple of the number of "
+            f"processes, which is {ranks.size}"
+        )
+
+
+def resume(
+    config: Config, state: State, checkpoint: dict[str, Any], ranks: Ranks, folder: RunFolder
+) -> None:
+    """Load a checkpoint, and say so."""
+    try:
+        state.load(checkpoint, ranks, folder.path)
+    except (KeyError, RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise RunError(f"{folder.path / LAST} does not fit this run ({reason})") from None
+    if ranks.first:
+        if state.history:
+            folder.write_metrics(state.history)  # the last run may have ended before it could
+        print(f"resuming after epoch {state.epoch} of {config.epochs}, batch {state.step}")
+
+
+def initialise(
+    config: Config, state: State, train_set: ImageSet, some: Tensor, ranks: Ranks
+) -> None:
+    """Set what precedes the first step: BatchNorm statistics, the mean norm, the proxies."""
     state.model.calibrate(some.to(ranks.device), config.model.init_norm)
     if config.loss.warmstart and hasattr(state.loss, "warmstart"):
         features, kept = embed(state.model, train_set, config, ranks)
@@ -251,7 +200,7 @@ def train_epoch(
     left = batches.epoch(state.epoch, skip=state.step, limit=steps)
     cuda = device.type == "cuda"
     for batch in train_batches(train_set, left, part, config.data.workers, pin_memory=cuda):
-        name_bad(batch.bad)
+        train_set.warn_unreadable(batch.bad)
         # what the network draws is a function of the step's place in the run and of nothing before
         torch.manual_seed(batch.seed + ranks.rank)
         images = batch.images.to(device, non_blocking=True)
@@ -334,42 +283,6 @@ def wrap(config: Config, model: EmbeddingNet, ranks: Ranks) -> nn.Module:
     return torch.compile(network) if config.optim.compile else network
 
 
-def autocast(config: OptimConfig, device: torch.device) -> torch.autocast:
-    dtype = AUTOCAST.get(config.amp, torch.bfloat16)
-    return torch.autocast(device.type, dtype, enabled=config.amp != "none")
-
-
-@torch.no_grad()
-def embed(
-    model: EmbeddingNet, images: ImageSet, config: Config, ranks: Ranks, batch_size: int = 500
-) -> tuple[Tensor, Tensor]:
-    """The embeddings [n, D] of a set in eval mode, and which of its images they are.
-
-    Every process embeds a part; all of them get the whole.
-    """
-    model.eval()
-    features, kept = [], []
-    batch_size = batch_size if images.images is not None else config.data.batch_size
-    cuda = ranks.device.type == "cuda"
-    part = ranks.share(len(images))
-    for batch in all_batches(images, part, batch_size, config.data.workers, pin_memory=cuda):
-        name_bad(batch.bad)
-        with autocast(config.optim, ranks.device):
-            features.append(model(batch.images.to(ranks.device, non_blocking=True)).float())
-        kept.append(batch.indices)
-    none = torch.empty(0, config.model.embed_dim, device=ranks.device)
-    indices = torch.cat([torch.empty(0, dtype=torch.int64), *kept]).to(ranks.device)
-    return ranks.gather(torch.cat([none, *features])), ranks.gather(indices).cpu()
-
-
-def embed_readable(
-    model: EmbeddingNet, images: ImageSet, config: Config, ranks: Ranks
-) -> tuple[Tensor, ImageSet]:
-    """The embeddings of a set, and the set without the images that cannot be read."""
-    features, kept = embed(model, images, config, ranks)
-    return features, images if len(kept) == len(images) else images.subset(kept)
-
-
 def evaluate_epoch(
     config: Config, model: EmbeddingNet, test_set: ImageSet, ranks: Ranks
 ) -> tuple[tuple[Tensor, ImageSet], dict[str, float]]:
@@ -387,35 +300,22 @@ def evaluate_epoch(
     return (features, images), row
 
 
-def metrics(config: Config, features: Tensor, images: ImageSet) -> dict[str, float]:
-    """The columns of metrics.csv that an evaluation fills."""
-    labels = images.labels.to(features.device)
-    return evaluate.evaluate(
-        features, labels, images.degradation, config.seed, clustering=config.clustering
-    )
-
-
-NAMED: set[str] = set()
-
-
-def name_bad(paths: list[str]) -> None:
-    """Say once of each image that it cannot be read."""
-    for path in paths:
-        if path not in NAMED:
-            NAMED.add(path)
-            tqdm.write(f"skipped, cannot be read: {path}")
-
-
-def some_of(images: ImageSet) -> Tensor:
-    """Images of every class, as they are embedded: few of those that must first be read."""
-    count = 1000 if images.images is not None else 200
-    return images.batch(range(0, len(images), max(1, len(images) // count)))[0]
-
-
-def channel_statistics(images: ImageSet, some: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of the channels, pixels in [0, 1]: of the whole set if it is in memory."""
-    pixels = (some if images.images is None else images.images).float() / 255
-    return pixels.mean((0, 2, 3)), pixels.std((0, 2, 3)).clamp(min=1e-3)
+def finish(
+    config: Config,
+    state: State,
+    folder: RunFolder,
+    features: Tensor,
+    images: ImageSet,
+    raw_recall: float | None,
+) -> None:
+    """Write the last embeddings and the report."""
+    features = features.cpu()
+    content = io.BytesIO()
+    labels, paths = images.labels.numpy(), np.array(images.paths)
+    np.savez(content, features=features.numpy(), labels=labels, paths=paths)
+    folder.write("embeddings_test.npz", content.getvalue())
+    report.write(folder, config, state.history, features, images, raw_recall)
+    print(f"report: {folder.path / report.REPORT}")
 
 
 def build_optimiser(
@@ -457,7 +357,7 @@ def describe(
     test_set: ImageSet,
     raw_recall: float | None,
 ) -> None:
-    """Say what is about to run."""
+    """Print what is about to run."""
     device = ranks.device
     size = sum(p.numel() for p in model.parameters())
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
@@ -474,18 +374,6 @@ def describe(
     print(f"{split:8} {len(test_set)} images of {len(test_set.classes)} {what} classes{raw}")
     print(f"model    {config.model.backbone} to {config.model.embed_dim}, {size:,} parameters")
     print(f"run      {config.folder}", flush=True)
-
-
-def loss_backends(config: LossConfig, device: torch.device) -> str:
-    """What computes each op of the loss, where it has any of its own."""
-    backend, ops = "auto", LOSS_OPS.get(config.name, ())
-    if "proxy_nca" in ops:
-        backend = config.backend
-    try:
-        chosen = [f"{which_backend(op, device, backend=backend)} ({op})" for op in ops]
-    except (ValueError, RuntimeError) as error:
-        raise RunError(f"--backend {config.backend}: {error}") from None
-    return ", ".join(chosen) or "torch"
 
 
 def summary(config: Config, row: dict[str, float]) -> str:

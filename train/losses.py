@@ -1,10 +1,9 @@
-"""Every loss that a run knows by name, and the door for one's own.
+"""Every loss that a run knows by name, and how to plug in your own.
 
 | loss | from | takes a miner |
 |---|---|---|
-| el-nivmf, el-vmf, b-vmf, kl-vmf, nivmf, l2, cos | nivmf_fast | no: it compares with proxies |
-| proxy-anchor, proxy-nca, normalized-softmax, arcface, soft-triple | pytorch-metric-learning | no |
-| triplet, margin, contrastive, multi-similarity, lifted, n-pair, angular, snr | likewise | yes |
+| `nivmf_fast.losses.PAPER_LOSSES` | nivmf_fast | no: it compares with proxies |
+| `train.metric_learning.LOSSES` | pytorch-metric-learning | those without proxies |
 | package.module:factory | you | no: it may mine inside |
 """
 
@@ -12,85 +11,25 @@ import contextlib
 import importlib
 import inspect
 import json
-import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nivmf_fast import (
-    CosineProxyLoss,
-    ELNivMFLoss,
-    EuclideanProxyLoss,
-    KLVMFLoss,
-    NivMFLoss,
-    VMFProductKernelLoss,
-    distributed,
+from nivmf_fast import which_backend
+from nivmf_fast.distributed import CLASS_PARALLEL
+from nivmf_fast.losses import PAPER_LOSSES
+from train.config import LossConfig, RunError, nearest
+from train.metric_learning import LOSSES, MINERS, Entry
+
+COMMON = (  # options of every loss of the paper
+    *("concentration", "temperature", "learn_temperature", "guidance_weight"),
+    *("bindev_alpha", "bindev_delta", "bindev_axis", "negative_share"),
 )
-from train.config import INHERITED_LOSSES, PAPER_LOSSES, LossConfig, RunError, nearest
-
-LOSS_OPS: dict[str, tuple[str, ...]] = {  # of nivmf_fast, that a loss spends its time in
-    "el-nivmf": ("vmf_rsample", "proxy_nca"),
-    "el-vmf": ("vmf_log_normalizer",),
-    "b-vmf": ("vmf_log_normalizer",),
-    "kl-vmf": ("vmf_log_normalizer",),
-    "nivmf": ("proxy_nca",),
-    "l2": (),
-    "cos": (),
-    **dict.fromkeys(INHERITED_LOSSES, ()),
-}
-
-
-@dataclass(frozen=True)
-class Inherited:
-    """A class of pytorch-metric-learning, with the arguments that the released code gives it."""
-
-    kind: str
-    defaults: dict[str, Any] = field(default_factory=dict)
-    takes_miner: bool = False
-
-
-LOSSES = {
-    "proxy-anchor": Inherited("ProxyAnchorLoss", {"margin": 0.1, "alpha": 32}),
-    # of embeddings and proxies of length 3, hence 3^2 times the squared distance of directions
-    "proxy-nca": Inherited("ProxyNCALoss", {"softmax_scale": 9.0}),
-    "normalized-softmax": Inherited("NormalizedSoftmaxLoss", {"temperature": 0.05}),
-    "arcface": Inherited("ArcFaceLoss", {"margin": math.degrees(0.5), "scale": 16}),
-    "soft-triple": Inherited(
-        "SoftTripleLoss",
-        {"centers_per_class": 2, "la": 8, "gamma": 0.1, "margin": 0.01, "weight_reg_weight": 0.2},
-    ),
-    "triplet": Inherited("TripletMarginLoss", {"margin": 0.2}, True),
-    "margin": Inherited(
-        "MarginLoss", {"margin": 0.2, "nu": 0.0, "beta": 1.2, "learn_beta": True}, True
-    ),
-    "contrastive": Inherited("ContrastiveLoss", {"pos_margin": 0.0, "neg_margin": 1.0}, True),
-    "multi-similarity": Inherited(
-        "MultiSimilarityLoss", {"alpha": 2.0, "beta": 40.0, "base": 0.5}, True
-    ),
-    "lifted": Inherited(
-        "GeneralizedLiftedStructureLoss",
-        {"neg_margin": 1.0, "pos_margin": 0.0, "embedding_reg_weight": 0.005},
-        True,
-    ),
-    "n-pair": Inherited("NPairsLoss", {"embedding_reg_weight": 0.005}, True),
-    "angular": Inherited("AngularLoss", {"alpha": 45.0}, True),
-    "snr": Inherited("TripletMarginLoss", {"margin": 0.2, "embedding_reg_weight": 0.005}, True),
-}
-MINERS = {
-    "distance-weighted": Inherited(
-        "DistanceWeightedMiner", {"cutoff": 0.5, "nonzero_loss_cutoff": 1.4}
-    ),
-    "semihard": Inherited("TripletMarginMiner", {"margin": 0.2, "type_of_triplets": "semihard"}),
-    "hard": Inherited("TripletMarginMiner", {"margin": 0.2, "type_of_triplets": "hard"}),
-    "all": Inherited("TripletMarginMiner", {"margin": 0.2, "type_of_triplets": "all"}),
-    "easy-hard": Inherited("BatchEasyHardMiner"),
-    "batch-hard": Inherited("BatchHardMiner"),
-    "multi-similarity": Inherited("MultiSimilarityMiner", {"epsilon": 0.1}),
-    "pair-margin": Inherited("PairMarginMiner", {"pos_margin": 0.2, "neg_margin": 0.8}),
-    "angular": Inherited("AngularMiner", {"angle": 20}),
+OPTIONS = {  # further ones, by an op that the loss calls
+    "vmf_rsample": ("n_samples", "temperature_outside"),
+    "proxy_nca": ("normalizer", "projection", "precision", "workspace", "backend"),
 }
 
 
@@ -98,18 +37,34 @@ def build_loss(
     config: LossConfig, num_classes: int, embed_dim: int, class_parallel: bool = False
 ) -> nn.Module:
     """The loss of that name; all are called as `loss(embeddings, labels, seed=, image_offset=)`."""
-    _check(config)
+    _check(config, class_parallel)
     if config.name in PAPER_LOSSES:
         return _paper_loss(config, num_classes, embed_dim, class_parallel)
-    if class_parallel:
-        known = ", ".join(PAPER_LOSSES)
-        raise RunError(f"--class-parallel goes with {known}, not with --loss {config.name}")
     if config.name in LOSSES:
-        return _inherited_loss(config, num_classes, embed_dim)
-    return OwnLoss(_own_loss(config, num_classes, embed_dim))
+        return _metric_learning_loss(config, num_classes, embed_dim)
+    return CustomLoss(_custom_loss(config, num_classes, embed_dim))
 
 
-def _check(config: LossConfig) -> None:
+def check_loss(config: LossConfig, class_parallel: bool = False) -> None:
+    """Raise a RunError, before there is any data, for options that the loss refuses or ignores."""
+    _check(config, class_parallel)
+    if config.name in PAPER_LOSSES:  # two classes are as good as any
+        with torch.random.fork_rng(devices=[]):
+            _paper_loss(config, 2, 2, class_parallel=False)
+
+
+def loss_backends(config: LossConfig, device: torch.device) -> str:
+    """The backend of each op that the loss calls, or torch where it calls none."""
+    ops = PAPER_LOSSES[config.name][0].ops if config.name in PAPER_LOSSES else ()
+    backend = config.backend if "proxy_nca" in ops else "auto"
+    try:
+        chosen = [f"{which_backend(op, device, backend=backend)} ({op})" for op in ops]
+    except (ValueError, RuntimeError) as error:
+        raise RunError(f"--backend {config.backend}: {error}") from None
+    return ", ".join(chosen) or "torch"
+
+
+def _check(config: LossConfig, class_parallel: bool) -> None:
     """Raise a RunError for an option that this loss would silently go without."""
     name, paper = config.name, config.name in PAPER_LOSSES
     if config.miner != "none" and not (name in LOSSES and LOSSES[name].takes_miner):
@@ -128,49 +83,33 @@ def _check(config: LossConfig) -> None:
     ):
         if not (paper or unused):
             raise RunError(f"--loss {name} needs {flag}: that is for the paper's losses only")
+    parallel = [other for other, (kind, _) in PAPER_LOSSES.items() if kind in CLASS_PARALLEL]
+    if class_parallel and name not in parallel:
+        known = ", ".join(parallel)
+        raise RunError(f"--class-parallel goes with {known}, not with --loss {name}")
 
 
 def _paper_loss(
     config: LossConfig, num_classes: int, embed_dim: int, class_parallel: bool
 ) -> nn.Module:
-    common: dict[str, Any] = {
-        "concentration": config.concentration,
-        "temperature": config.temperature,
-        "learn_temperature": config.learn_temperature,
-        "guidance_weight": config.guidance_weight,
-        "form": "bindev" if config.bindev else "nca",
-        "bindev_alpha": config.bindev_alpha,
-        "bindev_delta": config.bindev_delta,
-        "bindev_axis": config.bindev_axis,
-        "negative_share": config.negative_share,
-    }
-    density: dict[str, Any] = {
-        "normalizer": config.normalizer,
-        "projection": config.projection,
-        "backend": config.backend,
-    }
-    sampled = {"n_samples": config.n_samples, "temperature_outside": config.temperature_outside}
-    kind, options = {
-        "el-nivmf": (ELNivMFLoss, sampled | density),
-        "el-vmf": (VMFProductKernelLoss, {"rho": 1.0}),
-        "b-vmf": (VMFProductKernelLoss, {"rho": 0.5}),
-        "kl-vmf": (KLVMFLoss, {}),
-        "nivmf": (NivMFLoss, density),
-        "l2": (EuclideanProxyLoss, {}),
-        "cos": (CosineProxyLoss, {}),
-    }[config.name]
+    kind, options = PAPER_LOSSES[config.name]
+    names = [*COMMON, *(name for op in kind.ops for name in OPTIONS.get(op, ()))]
+    options = {name: getattr(config, name) for name in names} | options
+    options["form"] = "bindev" if config.bindev else "nca"
     if class_parallel:
-        kind = getattr(distributed, f"ClassParallel{kind.__name__}")
+        kind = CLASS_PARALLEL[kind]
     try:
-        return kind(num_classes, embed_dim, **options, **common)
+        return kind(num_classes, embed_dim, **options)
     except (ValueError, TypeError, RuntimeError) as error:
-        raise RunError(f"loss {config.name}: {error}") from None
+        argument = str(error).partition(" ")[0]
+        flag = f"--{argument.replace('_', '-')} of " if argument in vars(config) else ""
+        raise RunError(f"{flag}loss {config.name}: {error}") from None
 
 
 # --- from pytorch-metric-learning
 
 
-class InheritedLoss(nn.Module):
+class MetricLearningLoss(nn.Module):
     """A loss of pytorch-metric-learning and its miner, called and trained as the paper's are."""
 
     decomposes = False  # into terms of single images
@@ -220,7 +159,9 @@ class InheritedLoss(nn.Module):
         return _one_group(self.loss, lr * proxy_lr_mult)
 
 
-def _inherited_loss(config: LossConfig, num_classes: int, embed_dim: int) -> InheritedLoss:
+def _metric_learning_loss(
+    config: LossConfig, num_classes: int, embed_dim: int
+) -> MetricLearningLoss:
     try:
         from pytorch_metric_learning import distances, losses, miners, regularizers
     except ImportError as error:
@@ -243,7 +184,7 @@ def _inherited_loss(config: LossConfig, num_classes: int, embed_dim: int) -> Inh
             case "lifted":  # of raw embeddings, hence with a penalty on their length
                 fixed["distance"] = distances.LpDistance(normalize_embeddings=False)
                 fixed["embedding_regularizer"] = regularizers.LpRegularizer()
-            case "n-pair":  # likewise
+            case "n-pair":  # of raw embeddings too
                 fixed["distance"] = distances.DotProductSimilarity(normalize_embeddings=False)
                 fixed["embedding_regularizer"] = regularizers.LpRegularizer()
             case "snr":
@@ -255,15 +196,15 @@ def _inherited_loss(config: LossConfig, num_classes: int, embed_dim: int) -> Inh
                 )
         loss = kind(**fixed, **options)
     if config.miner == "none":
-        return InheritedLoss(loss)
+        return MetricLearningLoss(loss)
     entry = MINERS[config.miner]
     kind = getattr(miners, entry.kind)
     options = _options("--miner-options", config.miner, entry, kind, config.miner_options)
     with _clear("--miner-options", config.miner):
-        return InheritedLoss(loss, kind(**options))
+        return MetricLearningLoss(loss, kind(**options))
 
 
-def _options(flag: str, name: str, entry: Inherited, kind: type, text: str) -> dict[str, Any]:
+def _options(flag: str, name: str, entry: Entry, kind: type, text: str) -> dict[str, Any]:
     """The defaults, overridden by the options given."""
     own = inspect.signature(kind.__init__).parameters.values()
     defaults = {p.name: p.default for p in own if p.default is not inspect.Parameter.empty}
@@ -295,11 +236,11 @@ def _clear(flag: str, name: str) -> Iterator[None]:
         raise RunError(f"{flag} of {name}: {reason}") from None
 
 
-# --- one's own
+# --- your own
 
 
-class OwnLoss(nn.Module):
-    """A module called as `loss(embeddings, labels)`, with what it lacks of a run's needs.
+class CustomLoss(nn.Module):
+    """Wrap a module called as `loss(embeddings, labels)`, adding what a run needs and it lacks.
 
     `seed` and `image_offset` of its forward, `param_groups`, `warmstart`, `decomposes` and
     `temperature` are used if it has them; see `nivmf_fast.losses.ProxyLoss` for their meaning.
@@ -338,7 +279,7 @@ class OwnLoss(nn.Module):
         return _one_group(self.inner, lr * multipliers.get("proxy_lr_mult", 1.0))
 
 
-def _own_loss(config: LossConfig, num_classes: int, embed_dim: int) -> nn.Module:
+def _custom_loss(config: LossConfig, num_classes: int, embed_dim: int) -> nn.Module:
     path, _, attribute = config.name.partition(":")
     if not path or not attribute:
         raise RunError(f"--loss is {config.name!r}, but must be as in package.module:factory")

@@ -45,7 +45,7 @@ def _released(
     optim: OptimConfig,
     batch_size: int = 64,
 ) -> Config:
-    """A run as the paper's code does it: what is not said is that code's default."""
+    """A run as the paper's code does it: unspecified values are that code's defaults."""
     return Config(
         preset=preset,
         epochs=epochs,
@@ -62,7 +62,7 @@ def _released(
     )
 
 
-# The runs of the paper's table: EL-nivMF beside a ProxyAnchor loss on the same proxies.
+# The runs of the paper's table: EL-nivMF plus a ProxyAnchor loss on the same proxies.
 _EL = LossConfig(name="el-nivmf", temperature=0.003, n_samples=5)
 for _preset, _epochs, _milestones, _gamma, _dim, _proxy, _conc, _kappa, _norm, _guidance in (
     ("cub200-r50-128", 250, (25, 50), 0.3, 128, 5000, 20000, 6, 30, 3.0),

@@ -1,4 +1,4 @@
-"""The folder of one run: what lies in it, and that every file in it is whole."""
+"""The folder of one run: its files, each of them always whole."""
 
 import contextlib
 import csv
@@ -42,7 +42,7 @@ class RunFolder:
             self.write("config.json", stored.to_json().encode())
 
     def write(self, name: str, content: bytes, keep: str | None = None) -> None:
-        """Write beside and rename: at every moment the file is the old one or the new one.
+        """Write next to it and rename: at every moment the file is the old one or the new one.
 
         With `keep` the old one stays under that name.
         """
@@ -89,7 +89,7 @@ class RunFolder:
         return None
 
     def drop_classes(self) -> None:
-        """Delete what no checkpoint refers to of the classes that are saved beside them."""
+        """Delete what no checkpoint refers to of the classes that are saved next to them."""
         files = [self.path / name for name in (LAST, PREVIOUS, BEST)]
         needed = {
             torch.load(file, map_location="cpu", mmap=True, weights_only=True).get("classes")

@@ -16,7 +16,7 @@ from torch.quasirandom import SobolEngine
 from tqdm import tqdm
 
 from train import compare
-from train.config import Config, Diverged, RunError, SweepConfig, nearest
+from train.config import PAPER_LOSSES, Config, Diverged, RunError, SweepConfig, nearest
 from train.loop import train
 from train.presets import PRESETS
 from train.report import REPORT
@@ -27,7 +27,7 @@ TUNING_SEED = 1000  # of the trials: none of the final runs has it
 
 
 @dataclass(frozen=True)
-class Contender:
+class Candidate:
     """A loss, and the ranges that its settings are drawn from, log-uniformly."""
 
     loss: str
@@ -58,26 +58,22 @@ class Contender:
 
 
 # Likelihoods and the squared distance have temperatures around 1; a cosine, far below. The last
-# contender asks what a bound of the norm does to what the norm knows.
-CONTENDERS: dict[str, Contender] = {
-    "el-nivmf": Contender("el-nivmf", (0.1, 4.0)),
-    "el-vmf": Contender("el-vmf", (0.1, 4.0)),
-    "b-vmf": Contender("b-vmf", (0.1, 4.0)),
-    "kl-vmf": Contender("kl-vmf", (0.1, 4.0)),
-    "nivmf": Contender("nivmf", (0.1, 4.0)),
-    "l2": Contender("l2", (1.0, 64.0)),
-    "cos": Contender("cos", (1 / 64, 0.25)),
-    "el-nivmf-bounded": Contender("el-nivmf", (0.1, 4.0), max_norm=2.0),
+# candidate asks what a bound of the norm does to what the norm knows.
+LIKELIHOOD = (0.1, 4.0)
+TEMPERATURES = {"l2": (1.0, 64.0), "cos": (1 / 64, 0.25)}
+CANDIDATES = {
+    **{name: Candidate(name, TEMPERATURES.get(name, LIKELIHOOD)) for name in PAPER_LOSSES},
+    "el-nivmf-bounded": Candidate("el-nivmf", LIKELIHOOD, max_norm=2.0),
 }
 
 
 def sweep(config: SweepConfig) -> None:
-    """Tune, run, and write trials.csv and the table and plot of the contenders."""
-    names = config.losses or tuple(CONTENDERS)
+    """Tune, run, and write trials.csv and the table and plot of the candidates."""
+    names = config.losses or tuple(CANDIDATES)
     for name in names:
-        if name not in CONTENDERS:
-            hint = nearest(name, CONTENDERS)
-            raise RunError(f"--losses has {name!r}{hint}, but knows {', '.join(CONTENDERS)}")
+        if name not in CANDIDATES:
+            hint = nearest(name, CANDIDATES)
+            raise RunError(f"--losses has {name!r}{hint}, but knows {', '.join(CANDIDATES)}")
     if config.trials < 1 or not config.seeds:
         raise RunError("a sweep needs at least one trial (--trials) and one seed (--seeds)")
     out = config.out
@@ -98,7 +94,7 @@ def sweep(config: SweepConfig) -> None:
     for name in names:
         trials[name] = [
             replace(
-                CONTENDERS[name].setting(base, point),
+                CANDIDATES[name].setting(base, point),
                 out=out / "trials" / name / f"{i:02d}",
                 seed=TUNING_SEED,
                 data=replace(base.data, validation="class"),
@@ -154,8 +150,8 @@ def score(trial: Config) -> float:
 
 
 def run_all(configs: list[Config], jobs: int, what: str) -> None:
-    """Runs, so many at a time; what has ended already is not repeated."""
-    waiting = [config for config in configs if not ended(config)]
+    """Run them, `jobs` at a time, skipping finished ones."""
+    waiting = [config for config in configs if not is_finished(config)]
     threads = max(1, (os.cpu_count() or 1) // jobs)
     done = len(configs) - len(waiting)
     with (
@@ -172,7 +168,7 @@ def run_all(configs: list[Config], jobs: int, what: str) -> None:
             raise
 
 
-def ended(config: Config) -> bool:
+def is_finished(config: Config) -> bool:
     """Whether a run was finished, or failed, with these settings; with others it is an error."""
     folder = config.folder
     stored = folder / "config.json"
@@ -184,11 +180,11 @@ def ended(config: Config) -> bool:
 
 
 def run_one(config: Config, threads: int) -> None:
-    """One run, what it says in a .log beside its folder; one that diverges is no error."""
+    """One run, its output in a .log next to its folder; a diverged one is recorded, not raised."""
     torch.set_num_threads(threads)
     folder = config.folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with spoken(folder.with_name(f"{folder.name}.log")):
+    with redirect_output(folder.with_name(f"{folder.name}.log")):
         try:
             train(replace(config, resume=folder.exists()))
         except Diverged as error:
@@ -196,8 +192,8 @@ def run_one(config: Config, threads: int) -> None:
 
 
 @contextlib.contextmanager
-def spoken(file: Path) -> Iterator[None]:
-    """What is printed goes to a file."""
+def redirect_output(file: Path) -> Iterator[None]:
+    """Redirect stdout and stderr to a file."""
     with file.open("a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
         stderr, sys.stderr = sys.stderr, log
         try:

@@ -1,4 +1,4 @@
-"""Metrics as they come, for those who look on: TensorBoard, Weights & Biases, Comet."""
+"""Live metrics for experiment trackers: TensorBoard, Weights & Biases, Comet."""
 
 import contextlib
 import json
