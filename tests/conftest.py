@@ -1,7 +1,9 @@
 """What tests share: the backends present on this machine, golden values, and small image sets."""
 
+import itertools
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,25 @@ import nivmf_fast
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # a worker per core: threads would only wait for each other
     torch.set_num_threads(1)
+
+# Files whose tests share what takes long to make: a worker runs all of such a file.
+TOGETHER = {
+    *("test_commands.py", "test_data_parallel.py", "test_distributed.py"),
+    *("test_log_ppk_cuda.py", "test_train.py"),
+}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return file if Path(file).name in TOGETHER else nodeid
+
+    return Scheduling(config, log)
+
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -51,6 +72,16 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 
 def relative_l2(value: torch.Tensor, truth: torch.Tensor) -> float:
     return float((value.cpu().double() - truth.cpu().double()).norm() / truth.double().norm())
+
+
+def allocated(call: Callable[[], Any]) -> int:
+    """The bytes of tensors that a call holds at most, as their allocator counts them."""
+    cpu = torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[cpu], profile_memory=True) as profile:
+        call()
+    events = profile.profiler.kineto_results.events()
+    steps = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    return max(itertools.accumulate(size for _, size in steps))
 
 
 def write_tree(root: Path, dataset: str, classes: int = 8, images: int = 4) -> Path:

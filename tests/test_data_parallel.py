@@ -1,51 +1,124 @@
 """Training over several processes: torchrun on the CPU gives what one process gives."""
 
+import contextlib
 import csv
+import io
 import os
 import shutil
-import signal
+import socket
 import subprocess
 import sys
-import threading
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from train import report
+from train.__main__ import main
 from train.distributed import Ranks
 from train.loop import global_loss
 
 ROOT = Path(__file__).parents[1]
+LIMIT = 500  # seconds: whatever hangs is a failure, not a wait
+TINY = ("--preset", "glyphs-tiny", "--device", "cpu", "--no-tensorboard", "--limit-batches", "2")
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def torchrun(*arguments: str) -> list[str]:
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2")
+    return [*launcher, "--standalone", *arguments]
+
+
+# A process of torchrun that trains as often as it is told to. Each run takes itself for one that
+# torchrun has restarted, which keeps it from the addresses of the runs before.
+SERVER = """
+import contextlib, io, os, sys
+from multiprocessing.connection import Client
+from train import report
+from train.__main__ import main
+report.write = lambda folder, *_: folder.write(report.REPORT, b"-")
+with Client(("127.0.0.1", int(sys.argv[1]))) as parent:
+    runs = 0
+    while True:
+        arguments, said = parent.recv(), io.StringIO()
+        os.environ["TORCHELASTIC_RESTART_COUNT"] = str(runs)
+        runs += 1
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            code = main(arguments)
+        parent.send((code, said.getvalue()))
+"""
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory):
+    """Trains in two processes that torchrun starts once: gives their exit codes and words."""
+    script = tmp_path_factory.mktemp("pool") / "server.py"
+    script.write_text(SERVER)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(LIMIT)
+        command = torchrun(str(script), str(server.getsockname()[1]))
+        process = subprocess.Popen(command, env=ENVIRONMENT)
+        try:
+            children = [Connection(server.accept()[0].detach()) for _ in range(2)]
+
+            def run(*arguments: str) -> tuple[list[int], str]:
+                for child in children:
+                    child.send(arguments)
+                assert all(child.poll(LIMIT) for child in children)
+                codes, said = zip(*(child.recv() for child in children), strict=True)
+                return list(codes), "".join(said)
+
+            yield run
+        finally:
+            process.terminate()
+            process.wait(LIMIT)
 
 
 @pytest.fixture(scope="module")
 def data_root(tmp_path_factory):
-    return tmp_path_factory.mktemp("data")
+    return str(tmp_path_factory.mktemp("data"))
 
 
-def python(processes: int) -> list[str]:
-    """The start of a command line that trains in so many processes."""
-    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--standalone"]
-    train = ["-m", "train", "--preset", "glyphs-tiny", "--device", "cpu"]
-    return [sys.executable, *(launcher if processes > 1 else []), *train]
+@pytest.fixture(scope="module")
+def run(pool, data_root):
+    """Gives the rows of metrics.csv of a short run in one or two processes, and what it said.
+
+    Without the pictures, which take the most time.
+    """
+    flags = (*TINY, "--epochs", "3", "--data-root", data_root)
+
+    def run(processes: int, out: Path, *more: str) -> tuple[list[dict], str]:
+        arguments = [*flags, "--out", str(out), *more]
+        if processes == 1:
+            said = io.StringIO()
+            with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+                codes = [main(arguments)]
+            words = said.getvalue()
+        else:
+            codes, words = pool(*arguments)
+        assert codes == [0] * processes, words
+        return rows(out), words
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "write", lambda folder, *_: folder.write(report.REPORT, b"-"))
+        yield run
+    torch.set_num_threads(threads)
 
 
-def run(processes: int, out: Path, data_root: Path, *flags: str) -> tuple[list[dict], str]:
-    """The rows of metrics.csv of a short run, and what it said."""
-    short = ("--epochs", "3", "--limit-batches", "2", "--no-tensorboard", *flags)
-    done = subprocess.run(
-        [*python(processes), "--data-root", str(data_root), "--out", str(out), *short],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
+def rows(out: Path) -> list[dict]:
     with (out / "metrics.csv").open() as file:
-        rows = [{k: float(v or "nan") for k, v in r.items()} for r in csv.DictReader(file)]
-    return rows, done.stdout + done.stderr
+        return [{k: float(v or "nan") for k, v in r.items()} for r in csv.DictReader(file)]
+
+
+@pytest.fixture(scope="module")
+def spread(run, tmp_path_factory):
+    """A run in two processes with the classes spread over them, and its rows."""
+    out = tmp_path_factory.mktemp("spread") / "out"
+    return out, run(2, out, "--freeze-batchnorm", "--class-parallel")[0]
 
 
 def without_its_end(whole: Path, out: Path) -> Path:
@@ -65,10 +138,10 @@ def without_its_end(whole: Path, out: Path) -> Path:
     ],
     ids=["el-nivmf", "guided", "proxy-anchor"],
 )
-def test_two_processes_give_the_losses_of_one(flags, tmp_path, data_root):
+def test_two_processes_give_the_losses_of_one(flags, tmp_path, run):
     flags = ("--freeze-batchnorm", *flags)
-    one, _ = run(1, tmp_path / "one", data_root, *flags)
-    two, said = run(2, tmp_path / "two", data_root, *flags)
+    one, _ = run(1, tmp_path / "one", *flags)
+    two, said = run(2, tmp_path / "two", *flags)
     assert "2 processes" in said
     assert said.count("epoch 3/3") == 1
     assert "warning" not in said
@@ -87,10 +160,10 @@ def test_two_processes_give_the_losses_of_one(flags, tmp_path, data_root):
 FIFTY = ("--freeze-batchnorm", "--epochs", "50", "--limit-batches", "1", "--evaluate-every", "50")
 
 
-def test_classes_spread_over_processes_give_the_losses_of_one(tmp_path, data_root):
+def test_classes_spread_over_processes_give_the_losses_of_one(tmp_path, run):
     flags = (*FIFTY, "--guidance-weight", "0.1")
-    one, _ = run(1, tmp_path / "one", data_root, *flags)
-    two, said = run(2, tmp_path / "two", data_root, *flags, "--class-parallel")
+    one, _ = run(1, tmp_path / "one", *flags)
+    two, said = run(2, tmp_path / "two", *flags, "--class-parallel")
     assert "2 processes, classes spread over them" in said
     assert len(two) == 50
     losses = [[row["loss"] for row in rows] for rows in (one, two)]
@@ -102,59 +175,54 @@ def test_classes_spread_over_processes_give_the_losses_of_one(tmp_path, data_roo
     assert len(kept) <= 3  # of the last, the previous and the best checkpoint
 
 
-def test_spread_classes_are_resumed_by_another_number_of_processes(tmp_path, data_root):
-    flags = ("--freeze-batchnorm", "--class-parallel")
-    whole, _ = run(2, tmp_path / "whole", data_root, *flags)
-    out = without_its_end(tmp_path / "whole", tmp_path / "out")
-    resumed, said = run(1, out, data_root, "--resume", *flags)
+def test_spread_classes_are_resumed_by_another_number_of_processes(spread, tmp_path, run):
+    whole, expected = spread
+    out = without_its_end(whole, tmp_path / "out")
+    resumed, said = run(1, out, "--resume", "--freeze-batchnorm", "--class-parallel")
     assert "resuming after epoch 2 of 3" in said
-    assert resumed[2]["loss"] == pytest.approx(whole[2]["loss"], rel=1e-5)
-    assert resumed[2]["norm_mean"] == pytest.approx(whole[2]["norm_mean"], rel=1e-5)
+    assert resumed[2]["loss"] == pytest.approx(expected[2]["loss"], rel=1e-5)
+    assert resumed[2]["norm_mean"] == pytest.approx(expected[2]["norm_mean"], rel=1e-5)
 
 
-def test_a_killed_process_is_restarted_and_the_run_goes_on(tmp_path, data_root):
+# python -m train, but the second process is killed once, in the middle of the third epoch.
+KILLED = """
+import os, runpy, signal
+from train import loop
+steps, global_loss = [], loop.global_loss
+def killed(*args):
+    steps.append(1)
+    if (os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"], len(steps)) == ("1", "0", 6):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return global_loss(*args)
+loop.global_loss = killed
+runpy.run_module("train", run_name="__main__", alter_sys=True)
+"""
+
+
+def test_a_killed_process_is_restarted_and_the_run_goes_on(spread, data_root, tmp_path):
     """torchrun ends the others, starts all again, and --resume takes up the last checkpoint."""
-    flags = ("--freeze-batchnorm", "--class-parallel", "--epochs", "12")
-    whole, _ = run(2, tmp_path / "whole", data_root, *flags)
-    command = python(2)
-    command.insert(command.index("--standalone"), "--max-restarts=2")
-    short = ("--limit-batches", "2", "--no-tensorboard", *flags, "--resume")
-    process = subprocess.Popen(
-        [*command, "--data-root", str(data_root), "--out", str(tmp_path / "out"), *short],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
+    script, out = tmp_path / "killed.py", tmp_path / "out"
+    script.write_text(KILLED)
+    flags = (*TINY, "--epochs", "3", "--data-root", data_root, "--out", str(out), "--resume")
+    done = subprocess.run(
+        torchrun("--max-restarts=1", str(script), *flags, "--freeze-batchnorm", "--class-parallel"),
+        env=ENVIRONMENT,
+        capture_output=True,
         text=True,
+        timeout=LIMIT,
     )
-    limit = threading.Timer(400, process.kill)
-    limit.start()
-    said = ""
-    for line in process.stdout:
-        said += line
-        if line.startswith("epoch 2/12") and "restarting" not in said:
-            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
-            last = [pid for pid in children.split() if rank_of(pid) == "1"]
-            os.kill(int(last[0]), signal.SIGKILL)
-            said += "restarting"
-    limit.cancel()
-    assert process.wait(60) == 0, said
-    assert "resuming after epoch" in said
-    with (tmp_path / "out" / "metrics.csv").open() as file:
-        losses = [float(row["loss"]) for row in csv.DictReader(file)]
-    assert losses == pytest.approx([row["loss"] for row in whole], rel=1e-5)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("starting afresh") == 1
+    assert "resuming after epoch 2 of 3" in done.stdout
+    losses = [row["loss"] for row in rows(out)]
+    assert losses == pytest.approx([row["loss"] for row in spread[1]], rel=1e-5)
 
 
-def rank_of(pid: str) -> str | None:
-    environment = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
-    return dict(item.split("=", 1) for item in environment if "=" in item).get("RANK")
-
-
-def test_statistics_of_each_process_are_warned_of_and_the_run_resumes(tmp_path, data_root):
-    whole, said = run(2, tmp_path / "whole", data_root)
+def test_statistics_of_each_process_are_warned_of_and_the_run_resumes(tmp_path, run):
+    whole, said = run(2, tmp_path / "whole")
     assert said.count("warning: on the CPU every process has BatchNorm statistics") == 1
     out = without_its_end(tmp_path / "whole", tmp_path / "out")
-    resumed, said = run(2, out, data_root, "--resume")
+    resumed, said = run(2, out, "--resume")
     assert "resuming after epoch 2 of 3" in said
     names = [name for name in whole[0] if not name.startswith("seconds_")]
     assert [[row[n] for n in names] for row in resumed] == [
@@ -162,17 +230,12 @@ def test_statistics_of_each_process_are_warned_of_and_the_run_resumes(tmp_path, 
     ]
 
 
-def test_a_batch_that_cannot_be_split_is_one_clear_line(tmp_path, data_root):
-    flags = ("--batch-size", "39", "--samples-per-class", "1")
-    done = subprocess.run(
-        [*python(2), *flags, "--data-root", str(data_root), "--out", str(tmp_path / "out")],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode != 0
-    assert "--batch-size is 39, but must be a multiple of the number of processes" in done.stderr
+def test_a_batch_that_cannot_be_split_is_one_clear_line(tmp_path, pool):
+    flags = ("--batch-size", "39", "--samples-per-class", "1", "--out", str(tmp_path / "out"))
+    codes, said = pool(*TINY, *flags, "--data-root", str(tmp_path))
+    assert codes == [1, 1]
+    message = "error: --batch-size is 39, but must be a multiple of the number of processes"
+    assert said.count(message) == 2 and "Traceback" not in said
     assert not (tmp_path / "out").exists()
 
 

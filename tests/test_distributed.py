@@ -4,9 +4,8 @@ import copy
 import math
 import os
 import re
-import socket
+import sys
 import tempfile
-import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from conftest import relative_l2
+from conftest import allocated, relative_l2
 
 from nivmf_fast import distributed, losses
 from nivmf_fast.distributed import ClassParallelELNivMFLoss
@@ -25,7 +24,8 @@ KINDS = ["ELNivMFLoss", "NivMFLoss", "VMFProductKernelLoss", "KLVMFLoss", "Eucli
 KINDS += ["CosineProxyLoss"]
 CUTS = {1: [0, 13], 2: [0, 7, 13], 3: [0, 1, 9, 13], 4: [0, 6, 6, 12, 13]}  # one has no image
 D = 16
-PATIENCE = timedelta(seconds=200)  # a deadlock is a failure, not a wait
+PATIENCE = timedelta(minutes=10)  # a deadlock is a failure, not a wait
+MARGIN = 1 << 20  # bytes that a step takes for any number of classes
 
 
 def pair(kind: str, P: int, dtype: torch.dtype, group: Any, **options: Any) -> tuple[Any, Any]:
@@ -319,25 +319,18 @@ def check_sparse(group: Any, W: int) -> dict[str, Any]:
     }
 
 
-def memory_of_a_step(rank: int, W: int, folder: str) -> None:
-    """Peak growth over a step of Adam at P = 200,000, D = 64, in MB, in a process of its own."""
+def check_memory(group: Any, W: int) -> float:
+    """Bytes that a first step of Adam at P = 20,000, D = 64 takes, with what it trains."""
+    mine = slice(*CUTS[W][dist.get_rank() :][:2])
+    embeddings, labels = torch.randn(13, 64)[mine], torch.arange(13)[mine]
 
-    def status(name: str) -> float:
-        return int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1000
-
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/{W}", rank=rank, world_size=W)
-    for P in (100, 200_000):  # the first to have all libraries loaded and warm
-        before = status("VmRSS")
-        part = ClassParallelELNivMFLoss(P, 64, n_samples=2, temperature=1.0)
+    def step() -> None:
+        part = ClassParallelELNivMFLoss(20_000, 64, n_samples=2, temperature=1.0, group=group)
         optimizer = torch.optim.Adam(part.param_groups(0.01), lr=0.01, foreach=False)
-        embeddings, labels = torch.randn(8 // W, 64), torch.arange(8 // W) + 8 * rank
         part(embeddings, labels, seed=0).backward()
         optimizer.step()
-        grown = status("VmHWM") - before
-    if rank == 0:
-        Path(folder, f"{W}.txt").write_text(str(grown))
-    dist.destroy_process_group()
+
+    return allocated(step)
 
 
 def worker(rank: int, folder: str) -> None:
@@ -348,7 +341,7 @@ def worker(rank: int, folder: str) -> None:
     groups = {W: dist.new_group(list(range(W))) for W in range(1, WORLD + 1)}
     found: dict[Any, Any] = {}
     names = ["equal", "parts_that_learn", "half", "refusals", "start", "warmstart", "traffic"]
-    for name in [*names, "seed", "subsample", "sparse", "copy"]:
+    for name in [*names, "seed", "subsample", "sparse", "copy", "memory"]:
         for W, group in groups.items():
             if rank < W:
                 found[name, W] = globals()[f"check_{name}"](group, W)
@@ -365,12 +358,21 @@ def worker(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+def start(function: Any, *arguments: Any, nprocs: int, join: bool = True) -> Any:
+    """Processes, forked from one that has imported what takes long and computed nothing."""
+    imports = ["pytest", "torch.distributed.checkpoint", "nivmf_fast.distributed"]
+    torch.multiprocessing.set_forkserver_preload(imports)
+    return torch.multiprocessing.start_processes(
+        function, arguments, nprocs, join, start_method="forkserver"
+    )
+
+
 @pytest.fixture(scope="module")
 def results():
     """What the checks found, by check, number of processes and rank."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "checkpoint").mkdir()
-        torch.multiprocessing.spawn(worker, (folder,), nprocs=WORLD)
+        start(worker, folder, nprocs=WORLD)
         ranks = [torch.load(f"{folder}/{rank}.pt", weights_only=False) for rank in range(WORLD)]
     keys = {key for found in ranks for key in found}
     return {key: [found[key] for found in ranks if key in found] for key in keys}
@@ -478,32 +480,33 @@ def test_row_sparse_gradients_give_the_dense_steps_of_sgd(results):
         assert 0 < rows < classes / 2
 
 
-def test_memory_falls_with_the_number_of_processes(tmp_path, monkeypatch):
-    # or the allocator keeps what was freed, of some sizes and not of others
-    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
-    peaks = {}
-    for W in (1, 2, 4):
-        torch.multiprocessing.spawn(memory_of_a_step, (W, str(tmp_path)), nprocs=W)
-        peaks[W] = float((tmp_path / f"{W}.txt").read_text())
-    assert peaks[1] > 400  # parameters, gradients and moments alone are 410 MB
-    for W, peak in peaks.items():
-        assert peak < 1.1 * peaks[1] / W + 64, peaks  # the workspace of the kernels
+def test_memory_falls_with_the_number_of_processes(results):
+    (one,) = results["memory", 1]
+    assert one > 4 * 2 * 20_000 * 64 * 4  # parameters, gradients and moments alone
+    for W in range(2, WORLD + 1):
+        assert max(results["memory", W]) < 1.05 * one / W + MARGIN
 
 
-def dying(rank: int, dead: int, world: int, store: str, folder: str) -> None:
+def dying(rank: int, dead: int, world: int, ports: Any, folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", store, rank=rank, world_size=world, timeout=PATIENCE)
+    if ports is None:
+        store = dist.FileStore(f"{folder}/store", world)
+    else:  # the first process holds the store, at a port that is free
+        port = 0 if rank == 0 else ports.get()
+        store = dist.TCPStore("127.0.0.1", port, world, rank == 0, PATIENCE, wait_for_workers=False)
+        for _ in range(world - 1 if rank == 0 else 0):
+            ports.put(store.port)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=PATIENCE)
     part = ClassParallelELNivMFLoss(9, D, temperature=0.1)
     embeddings, labels = batch(9, torch.float32)
     part(embeddings, labels, seed=0).backward()
     if rank == dead:
         os._exit(1)
-    start = time.monotonic()
+    sys.modules[type(part.group).__module__].PATIENCE = 1.0
     try:
         part(embeddings, labels, seed=1).backward()
     except RuntimeError as error:
-        text = f"{time.monotonic() - start}\n{error}"
-        Path(folder, f"{rank}.txt").write_text(text)
+        Path(folder, f"{rank}.txt").write_text(str(error))
     os._exit(0)
 
 
@@ -511,18 +514,14 @@ def dying(rank: int, dead: int, world: int, store: str, folder: str) -> None:
     ("dead", "world", "kind"), [(1, 4, "file"), (0, 3, "file"), (0, 4, "tcp")]
 )  # of four, one is not connected to the dead one in a ring; 0 holds the tcp store
 def test_a_process_that_dies_ends_the_others_with_its_number(dead, world, kind, tmp_path):
-    store = f"file://{tmp_path}/store"
-    if kind == "tcp":
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            store = f"tcp://127.0.0.1:{free.getsockname()[1]}"
-    arguments = (dead, world, store, str(tmp_path))
-    context = torch.multiprocessing.spawn(dying, arguments, nprocs=world, join=False)
+    ports = torch.multiprocessing.get_context("forkserver").SimpleQueue() if kind == "tcp" else None
+    context = start(dying, dead, world, ports, str(tmp_path), nprocs=world, join=False)
     for process in context.processes:
-        process.join(120)
+        process.join()
     named = []
     for rank in {*range(world)} - {dead}:
-        seconds, message = (tmp_path / f"{rank}.txt").read_text().split("\n", 1)
-        assert float(seconds) < 60
+        message = (tmp_path / f"{rank}.txt").read_text()
+        assert "Timed out" not in message  # it ends because the other has, not after a while
         assert f"process {rank} of {world}" in message
         if kind == "tcp":
             assert "because process 0, or the torchrun that holds the store" in message

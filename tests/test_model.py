@@ -1,6 +1,5 @@
 """Backbones, the weights they start from, and the embedding layer."""
 
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -442,16 +441,18 @@ def test_weights_fetched_before_need_no_network(tmp_path, monkeypatch):
 def test_without_a_network_one_line_says_at_once_what_to_do(name, tmp_path, monkeypatch):
     import huggingface_hub
 
-    def no_network(*_, **__):
+    asked = []
+
+    def no_network(request, **_):
+        asked.append(request.full_url)
         raise OSError("Name or service not known")
 
     monkeypatch.setattr(backbones, "urlopen", no_network)
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: None)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    start = time.perf_counter()
     with pytest.raises(RunError) as raised:
         build_model(ModelConfig(backbone=name, pretrained="imagenet"))
-    assert time.perf_counter() - start < 10  # huggingface_hub alone tries again for 47 s
+    assert len(asked) == 1  # huggingface_hub would try again for 47 s
     said = str(raised.value)
     assert said.startswith(f"--pretrained imagenet: the weights of {name} cannot be fetched (http")
     assert "Name or service not known" in said

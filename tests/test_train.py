@@ -295,79 +295,109 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(
     np.testing.assert_array_equal(resumed["features"], expected["features"])
 
 
-def test_an_interrupted_process_says_how_to_go_on(tiny, data_root, tmp_path, no_report):
-    out, whole = tmp_path / "out", tmp_path / "whole"
-    flags = ("--epochs", "12", "--limit-batches", "2")  # enough for the signal to come in time
-    command = [sys.executable, "-u", "-m", "train", "--preset", "glyphs-tiny", *flags]
+# python -m train, which waits in the second epoch until its input ends.
+WAITING = """
+import runpy, sys
+from train import loop, report
+steps, global_loss = [], loop.global_loss
+def waiting(*args):
+    steps.append(1)
+    if len(steps) == 4:
+        print("waiting", flush=True)
+        sys.stdin.read()
+    return global_loss(*args)
+loop.global_loss = waiting
+runpy.run_module("train", run_name="__main__", alter_sys=True)
+"""
+
+
+def test_an_interrupted_process_says_how_to_go_on(
+    uninterrupted, tiny, data_root, tmp_path, no_report
+):
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", WAITING, "--preset", "glyphs-tiny", *SHORT]
     process = subprocess.Popen(
         [*command, "--data-root", str(data_root), "--out", str(out), "--device", "cpu"],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
-    for line in process.stdout:
-        if line.startswith("epoch 1/12"):
-            break
+    while process.stdout.readline() not in ("waiting\n", ""):
+        pass
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate()  # which ends its input, so that it waits no more if it has to
     assert process.returncode == 130
     assert err.count("\n") == 1
     assert f"--resume --out {out} continues" in err
     assert set(contents(out)) < FILES
-    assert tiny(out, *flags, "--resume") == 0
-    assert tiny(whole, *flags) == 0
-    assert rows(out) == rows(whole)
+    assert tiny(out, *SHORT, "--resume") == 0
+    assert rows(out) == rows(uninterrupted)
 
 
-# Kills a run at random moments and starts it again, five times, then lets it end. Processes are
-# forked from one that has imported everything and computed nothing, which saves their start.
+# Kills a run at a random moment and starts it again, five times, then lets it end, for each seed. A
+# moment is a line of the files that train and save; what is being written is then cut off
+# somewhere. Processes are forked from one that has imported everything and computed nothing.
 KILLER = """
-import os, random, signal, sys, time
+import itertools, os, random, signal, sys
+from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from train import loop, report
+from train import loop, report, run_folder
 from train.__main__ import main
 report.write = lambda folder, *_: folder.write(report.REPORT, b"-")
+modules = {kind.__module__ for kind in (loop.train, loop.State, run_folder.RunFolder)}
+files = {sys.modules[name].__file__ for name in modules}
 
-def start(*flags):
+def start(folder, moment=-1):
     child = os.fork()
     if child == 0:
-        os._exit(main([*arguments, *flags]))
-    return child
+        lines = itertools.count()
 
-random.seed(int(sys.argv[1]))
-whole, killed, arguments = sys.argv[2], sys.argv[3], sys.argv[4:]
-begin = time.monotonic()
-assert os.waitpid(start("--out", whole), 0)[1] == 0
-seconds = time.monotonic() - begin
-for _ in range(5):
-    child = start("--out", killed, "--resume")
-    time.sleep(random.uniform(0, seconds))
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-assert os.waitpid(start("--out", killed, "--resume"), 0)[1] == 0
+        def line(frame, event, argument):
+            if event == "line" and next(lines) == moment:
+                for file in folder.glob(".*.beside"):
+                    os.truncate(file, random.randint(0, file.stat().st_size))
+                os.kill(os.getpid(), signal.SIGKILL)
+            return line
+
+        sys.settrace(lambda frame, *_: line if frame.f_code.co_filename in files else None)
+        code = main([*sys.argv[2:], "--out", str(folder), "--resume"])
+        sys.settrace(None)
+        folder.with_suffix(".lines").write_text(str(next(lines)))
+        os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+runs = Path(sys.argv[1])
+assert start(runs / "whole") == 0
+lines = int((runs / "whole.lines").read_text())
+for seed in (0, 1):
+    random.seed(seed)
+    codes = [start(runs / f"killed-{seed}", random.randrange(lines // 3)) for _ in range(5)]
+    assert set(codes) <= {-signal.SIGKILL, 0} and codes[:3] == 3 * [-signal.SIGKILL], codes
+    assert start(runs / f"killed-{seed}") == 0
 """
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_a_run_killed_five_times_ends_as_one_that_was_not(seed, data_root, tmp_path):
+def test_a_run_killed_five_times_ends_as_one_that_was_not(data_root, tmp_path):
     flags = ["--preset", "glyphs-tiny", "--epochs", "4", "--checkpoint-batches", "2"]
     flags += ["--data-root", str(data_root), "--device", "cpu"]
     done = subprocess.run(
-        [sys.executable, "-c", KILLER, str(seed), tmp_path / "whole", tmp_path / "killed", *flags],
+        [sys.executable, "-c", KILLER, tmp_path, *flags],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
         capture_output=True,
         text=True,
-        timeout=500,
     )
     assert done.returncode == 0, done.stderr
-    assert "resuming after epoch" in done.stdout or "finished already" in done.stdout
-    assert len(rows(tmp_path / "whole")) == 4
-    assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
-    assert set(contents(tmp_path / "killed")) == set(contents(tmp_path / "whole"))
+    assert "resuming after epoch" in done.stdout
+    whole = tmp_path / "whole"
+    assert len(rows(whole)) == 4
+    for killed in (tmp_path / "killed-0", tmp_path / "killed-1"):
+        assert rows(killed) == rows(whole)
+        assert set(contents(killed)) == set(contents(whole))
 
 
 def test_a_damaged_last_checkpoint_is_passed_over_for_the_one_before(
