@@ -275,7 +275,7 @@ def wrap(config: Config, model: EmbeddingNet, ranks: Ranks) -> nn.Module:
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
         elif ranks.is_main:
             print(
-                "warning: on the CPU every process has its own BatchNorm statistics; "
+                "warning: on the CPU every process has BatchNorm statistics of its own; "
                 "--freeze-batchnorm makes the result independent of the number of processes"
             )
     if ranks.size > 1:
