@@ -16,11 +16,12 @@ import pytest
 import torch
 from PIL import Image
 
+from nivmf_fast.losses import PAPER_LOSSES
 from train import config as train_config
 from train import evaluate, loop, report, run_folder
 from train.__main__ import main
 from train.cli import parse
-from train.config import INHERITED_LOSSES, PAPER_LOSSES, Config, RunError
+from train.config import INHERITED_LOSSES, Config, RunError
 from train.presets import PRESETS
 
 ROOT = Path(__file__).parents[1]
@@ -187,7 +188,7 @@ def test_the_same_seed_gives_the_same_metrics_and_another_seed_others(
     assert rows(tmp_path / "other")[0]["loss"] != rows(uninterrupted)[0]["loss"]
 
 
-@pytest.mark.parametrize("name", PAPER_LOSSES + INHERITED_LOSSES)
+@pytest.mark.parametrize("name", [*PAPER_LOSSES, *INHERITED_LOSSES])
 def test_every_loss_trains(name, tiny, tmp_path, no_report):
     flags = ["--loss", name, "--epochs", "1", "--limit-batches", "2"]
     if name in PAPER_LOSSES:
@@ -446,6 +447,16 @@ def test_flags_override_the_preset():
     assert (config.epochs, config.optim.lr, config.loss.name) == (5, 0.1, "cos")
     assert config.loss.warmstart is False
     assert config.data.glyph_characters == 40
+
+
+def test_help_names_the_losses_and_does_not_load_torch():
+    code = "import atexit, sys, train.__main__ as t; atexit.register(lambda: print(set(sys.modules)"
+    code += " & {'torch', 'numpy'})); t.main(['--help'])"
+    text = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    words = " ".join(text.stdout.replace("│", " ").split())
+    assert words.endswith("set()"), text.stderr
+    named = re.search(r"Loss: (.+?), as in the paper", words).group(1).split(", ")
+    assert len(named) == 7 and set(named) <= PAPER_LOSSES.keys()
 
 
 def test_help_explains_every_flag(capsys):
