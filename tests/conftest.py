@@ -19,7 +19,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a worker per core: threads would only
 # Files whose tests share what takes long to make: a worker runs all of such a file.
 TOGETHER = {
     *("test_commands.py", "test_data_parallel.py", "test_distributed.py"),
-    *("test_log_ppk_cuda.py", "test_train.py"),
+    *("test_log_ppk_cuda.py", "test_train.py", "test_triton_log_ppk.py", "test_triton_sampler.py"),
 }
 
 

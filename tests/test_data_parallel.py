@@ -21,7 +21,7 @@ from train.distributed import Ranks
 from train.loop import global_loss
 
 ROOT = Path(__file__).parents[1]
-LIMIT = 500  # seconds: whatever hangs is a failure, not a wait
+LIMIT = 3600  # seconds: whatever hangs is a failure, not a wait
 TINY = ("--preset", "glyphs-tiny", "--device", "cpu", "--no-tensorboard", "--limit-batches", "2")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 

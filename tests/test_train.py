@@ -16,11 +16,12 @@ import pytest
 import torch
 from PIL import Image
 
+from nivmf_fast.losses import PAPER_LOSSES
 from train import config as train_config
 from train import evaluate, loop, report, run_folder
 from train.__main__ import main
 from train.cli import parse
-from train.config import INHERITED_LOSSES, PAPER_LOSSES, Config, RunError
+from train.config import INHERITED_LOSSES, Config, RunError
 from train.presets import PRESETS
 
 ROOT = Path(__file__).parents[1]
@@ -187,7 +188,7 @@ def test_the_same_seed_gives_the_same_metrics_and_another_seed_others(
     assert rows(tmp_path / "other")[0]["loss"] != rows(uninterrupted)[0]["loss"]
 
 
-@pytest.mark.parametrize("name", PAPER_LOSSES + INHERITED_LOSSES)
+@pytest.mark.parametrize("name", [*PAPER_LOSSES, *INHERITED_LOSSES])
 def test_every_loss_trains(name, tiny, tmp_path, no_report):
     flags = ["--loss", name, "--epochs", "1", "--limit-batches", "2"]
     if name in PAPER_LOSSES:
@@ -295,10 +296,12 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(
     np.testing.assert_array_equal(resumed["features"], expected["features"])
 
 
-# python -m train, which waits in the second epoch until its input ends.
+# python -m train, which waits in the second epoch until its input ends. What a shell runs in the
+# background has inherited that SIGINT is ignored, and so would this.
 WAITING = """
-import runpy, sys
-from train import loop, report
+import runpy, signal, sys
+from train import loop
+signal.signal(signal.SIGINT, signal.default_int_handler)
 steps, global_loss = [], loop.global_loss
 def waiting(*args):
     steps.append(1)
@@ -338,46 +341,56 @@ def test_an_interrupted_process_says_how_to_go_on(
 
 
 # Kills a run at a random moment and starts it again, five times, then lets it end, for each seed. A
-# moment is a line of the files that train and save; what is being written is then cut off
-# somewhere. Processes are forked from one that has imported everything and computed nothing.
+# moment is a line of the files that train and save, every other time only of those that save;
+# whatever is being written is then cut off somewhere. Processes are forked from one that has
+# imported everything and computed nothing.
 KILLER = """
-import itertools, os, random, signal, sys
+import collections, json, os, random, signal, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from train import loop, report, run_folder
 from train.__main__ import main
 report.write = lambda folder, *_: folder.write(report.REPORT, b"-")
-modules = {kind.__module__ for kind in (loop.train, loop.State, run_folder.RunFolder)}
-files = {sys.modules[name].__file__ for name in modules}
+saves = {run_folder.__file__}
+files = saves | {loop.__file__, sys.modules[loop.State.__module__].__file__}
 
-def start(folder, moment=-1):
+def start(folder, where=files, moment=-1):
     child = os.fork()
     if child == 0:
-        lines = itertools.count()
+        lines = collections.Counter()
 
-        def line(frame, event, argument):
-            if event == "line" and next(lines) == moment:
-                for file in folder.glob(".*.beside"):
-                    os.truncate(file, random.randint(0, file.stat().st_size))
-                os.kill(os.getpid(), signal.SIGKILL)
+        def line(frame, event, _):
+            if event == "line":
+                if lines.total() == moment:
+                    for file in folder.glob(".*.beside"):
+                        os.truncate(file, random.randint(0, file.stat().st_size))
+                    os.kill(os.getpid(), signal.SIGKILL)
+                lines[frame.f_code.co_filename] += 1
             return line
 
-        sys.settrace(lambda frame, *_: line if frame.f_code.co_filename in files else None)
+        def call(frame, *_):
+            code = frame.f_code
+            return line if code.co_filename in where and code.co_name.isidentifier() else None
+
+        sys.settrace(call)
         code = main([*sys.argv[2:], "--out", str(folder), "--resume"])
         sys.settrace(None)
-        folder.with_suffix(".lines").write_text(str(next(lines)))
+        folder.with_suffix(".lines").write_text(json.dumps(lines))
         os._exit(code)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 runs = Path(sys.argv[1])
 assert start(runs / "whole") == 0
-lines = int((runs / "whole.lines").read_text())
+lines = json.loads((runs / "whole.lines").read_text())
 for seed in (0, 1):
     random.seed(seed)
-    codes = [start(runs / f"killed-{seed}", random.randrange(lines // 3)) for _ in range(5)]
-    assert set(codes) <= {-signal.SIGKILL, 0} and codes[:3] == 3 * [-signal.SIGKILL], codes
-    assert start(runs / f"killed-{seed}") == 0
+    folder, codes = runs / f"killed-{seed}", []
+    for where in (saves, files, saves, files, saves):
+        moment = random.randrange(sum(lines[file] for file in where) // 3)
+        codes.append(start(folder, where, moment))
+    assert codes[:2] == 2 * [-signal.SIGKILL] and set(codes[2:]) <= {-signal.SIGKILL, 0}, codes
+    assert start(folder) == 0
 """
 
 
@@ -446,6 +459,16 @@ def test_flags_override_the_preset():
     assert (config.epochs, config.optim.lr, config.loss.name) == (5, 0.1, "cos")
     assert config.loss.warmstart is False
     assert config.data.glyph_characters == 40
+
+
+def test_help_names_the_losses_and_does_not_load_torch():
+    code = "import atexit, sys, train.__main__ as t; atexit.register(lambda: print(set(sys.modules)"
+    code += " & {'torch', 'numpy'})); t.main(['--help'])"
+    text = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    words = " ".join(text.stdout.replace("│", " ").split())
+    assert words.endswith("set()"), text.stderr
+    named = re.search(r"Loss: (.+?), as in the paper", words).group(1).split(", ")
+    assert len(named) == 7 and set(named) <= PAPER_LOSSES.keys()
 
 
 def test_help_explains_every_flag(capsys):

@@ -12,7 +12,8 @@ from torch.nn.functional import normalize
 
 pytest.importorskip("pytorch_metric_learning")
 
-from train.config import INHERITED_LOSSES, MINERS, PAPER_LOSSES, LossConfig, RunError
+from nivmf_fast.losses import PAPER_LOSSES
+from train.config import INHERITED_LOSSES, MINERS, LossConfig, RunError
 from train.losses import MetricLearningLoss, build_loss
 from train.metric_learning import LOSSES
 
@@ -37,7 +38,7 @@ def test_losses_with_proxies_take_no_miner() -> None:
     assert {name for name, entry in LOSSES.items() if entry.takes_miner} == set(WITH_MINER)
 
 
-@pytest.mark.parametrize("name", PAPER_LOSSES + INHERITED_LOSSES)
+@pytest.mark.parametrize("name", [*PAPER_LOSSES, *INHERITED_LOSSES])
 def test_every_loss_is_called_alike(name: str) -> None:
     e, y = batch()
     loss = build(name)

@@ -404,15 +404,18 @@ def test_scratch_stays_within_the_workspace(
 
 @runs
 def test_chunks_may_end_amid_the_tiles_of_a_maximum() -> None:
-    data = typed(problem(2, 20, 200, 4, 0.1), torch.float32)
-    kept = []
+    data, grad = typed(problem(2, 20, 200, 4, 0.1), torch.float32), torch.ones(20)
+    kept, results = [], []
     for workspace in (1 << 28, 3 << 10):  # 7 chunks of one tile, of which 2 share a maximum
         _, _, saved = kernels.proxy_nca(*inputs(data, True), make_options(workspace=workspace))
         kept.append(log_ppk_prepare.view(saved, 200, 40, torch.float32).maxima.view(-1, 40))
+        results.append(kernel_result("proxy_nca", data, grad, workspace=workspace))
     fine, coarse = kept
     assert len(fine) / len(coarse) == 7 / 4
     padded = torch.cat([fine, fine[-1:]])
     assert torch.equal(coarse, padded.view(4, 2, 40).amax(1))
+    for name, one, many in zip(("value", *GRADIENTS), *results, strict=True):
+        assert relative(many, one) <= 2e-6, name
 
 
 @runs

@@ -12,20 +12,26 @@ from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 import tyro
 
-from nivmf_fast import losses
 from train import metric_learning
 
-# The losses and miners known by name; train/losses.py builds them.
-PAPER_LOSSES = tuple(losses.PAPER_LOSSES)
+# The losses and miners known by name, besides the library's; train/losses.py builds them.
 INHERITED_LOSSES = tuple(metric_learning.LOSSES)
 MINERS = ("none", *metric_learning.MINERS)
 T = TypeVar("T")
 
 _LOSS_HELP = (
-    f"Loss: {', '.join(PAPER_LOSSES)}; from pytorch-metric-learning {', '.join(INHERITED_LOSSES)}; "
+    "Loss: el-nivmf, el-vmf, b-vmf, kl-vmf, nivmf, l2, cos, as in the paper; from "
+    f"pytorch-metric-learning {', '.join(INHERITED_LOSSES)}; "
     "or package.module:factory of your own, called with (num_classes, embed_dim, **loss_options)."
 )
 _MINER_HELP = f"Miner of tuples for an inherited loss without proxies: {', '.join(MINERS)}."
+
+
+def paper_losses() -> tuple[str, ...]:
+    """Names of the library's losses, from its table; loads torch, which --help does without."""
+    from nivmf_fast.losses import PAPER_LOSSES
+
+    return tuple(PAPER_LOSSES)
 
 
 class RunError(Exception):
@@ -271,7 +277,7 @@ class Config:
                 example = f"{flag} '{{\"margin\": 0.2}}'"
                 raise RunError(f"{flag} is {text!r}, but must be a JSON object, as in {example}")
         for flag, name, known in (
-            ("--loss", loss.name, PAPER_LOSSES + INHERITED_LOSSES),
+            ("--loss", loss.name, paper_losses() + INHERITED_LOSSES),
             ("--miner", loss.miner, MINERS),
         ):
             if name not in known and (flag == "--miner" or ":" not in name):

@@ -15,8 +15,9 @@ import torch
 from torch.quasirandom import SobolEngine
 from tqdm import tqdm
 
+from nivmf_fast.losses import PAPER_LOSSES
 from train import compare
-from train.config import PAPER_LOSSES, Config, Diverged, RunError, SweepConfig, nearest
+from train.config import Config, Diverged, RunError, SweepConfig, nearest
 from train.loop import train
 from train.presets import PRESETS
 from train.report import REPORT
