@@ -59,7 +59,7 @@ def device_of(backend: str) -> str:
     return "cpu" if backend in ("reference", "cpu") else "cuda"
 
 
-@pytest.fixture(params=["reference", "cpu", "cuda", "triton"])
+@pytest.fixture(params=list(nivmf_fast.backends()))
 def backend(request: pytest.FixtureRequest) -> str:
     device_of(request.param)
     return str(request.param)
