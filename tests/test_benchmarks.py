@@ -92,7 +92,7 @@ def test_the_backends_asked_for_are_timed_and_others_refused(
         command.main([*small, "--backend", "cuda"])
 
 
-def test_a_file_that_is_none_is_refused(tmp_path: Path) -> None:
+def test_another_file_than_results_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "old.json"
     for content in ("{", "[]", "{}"):
         file.write_text(content)
@@ -335,11 +335,11 @@ def part(name: str, code: str, **options: Any) -> gpu.Part:
 def test_a_part_that_fails_or_takes_too_long_leaves_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By a clock of the test's: a part takes a second, or hangs, and its time is over at once."""
+    """With a fake clock: a part takes a second; if it hangs, its time is over at once."""
     given = results(row("nivmf_fast (cuda)", 1.0))
     gives = f"import sys; open(sys.argv[2], 'w').write({json.dumps(given)!r})"
     alive, hung = tmp_path / "alive", tmp_path / "hung"
-    os.mkfifo(alive)  # which ends when whoever holds it has
+    os.mkfifo(alive)  # reaches its end when its last writer has ended
     reader = os.open(alive, os.O_RDONLY | os.O_NONBLOCK)
     hangs = f"; import time; open({str(hung)!r}, 'w'); time.sleep(600)"
     child = f"held = open({str(alive)!r}, 'w'){hangs}"
