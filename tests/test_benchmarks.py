@@ -137,6 +137,19 @@ def test_every_case_has_its_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     assert report.case_table(timed.result).count("\n|") == len(rows) + 2
 
 
+@pytest.mark.parametrize("op", ["proxy_nca", "log_ppk"])
+def test_every_case_of_an_op_computes_the_same(op: str) -> None:
+    problem = Problem(op, TINY.shape, 0.1, "cpu")
+    want = cases.tangential(cases.truth(problem), problem)
+    names = []
+    for name, make in cases.CASES[op](problem):
+        if name not in ("torch.compile", "matrix products only"):
+            errors = timing.relative_errors(cases.tangential(make()(), problem), want)
+            assert len(errors) == 5 and max(errors.values()) < 1e-4, name
+            names.append(name)
+    assert "per-image loop" in names and len(names) >= 2
+
+
 @pytest.mark.parametrize("heavy", [False, True])
 def test_every_problem_has_all_its_rounds(
     heavy: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
