@@ -25,7 +25,7 @@ import torch
 from benchmarks import report, timing
 
 ROOT = Path(__file__).parents[1]
-WHOLE, WHOLE_QUICK = 530.0, 170.0  # seconds that everything may take
+TOTAL, TOTAL_QUICK = 530.0, 170.0  # seconds that everything may take
 TAIL = 2000  # characters kept of a failed part's output
 BENCH = ("-m", "benchmarks")
 PYTEST = ("-m", "pytest", "--override-ini=addopts=-ra", "-q", "-p", "no:cacheprovider")
@@ -133,7 +133,7 @@ def run_part(part: Part, seconds: float, folder: Path) -> dict[str, Any]:
 
 def run_parts(
     planned: Sequence[tuple[Part, float]],
-    whole: float,
+    total: float,
     found: dict[str, Any],
     files: Sequence[Path],
 ) -> None:
@@ -142,7 +142,7 @@ def run_parts(
     A part may take its own time and what the parts before it left unused.
     """
     due = time.perf_counter()
-    end = due + whole
+    end = due + total
     found["parts"] = []
     with tempfile.TemporaryDirectory() as folder:
         for part, seconds in planned:
@@ -187,7 +187,7 @@ def main(arguments: Sequence[str]) -> int:
     name = f"{device}-{about['commit'] or 'unknown'}.json"
     folders = [report.RESULTS, *([Path(os.environ["OUT"])] if os.environ.get("OUT") else [])]
     found: dict[str, Any] = {"machine": about}
-    run_parts(planned, WHOLE_QUICK if args.quick else WHOLE, found,
+    run_parts(planned, TOTAL_QUICK if args.quick else TOTAL, found,
               [folder / name for folder in folders])  # fmt: skip
     print(report.markdown(found))
     print(f"wrote {report.RESULTS / name}")

@@ -25,7 +25,7 @@ def scipy_loop(loc: Tensor, concentration: Tensor, n: int) -> Tensor:
 
 def vectorised(loc: Tensor, concentration: Tensor, n: int) -> Tensor:
     """Plain PyTorch: Wood's rejection on the whole batch until nothing is left, and a Householder
-    reflection of the pole onto loc."""
+    reflection of the pole onto loc; autograd differentiates through both."""
     w = _wood(concentration.expand(n, -1), loc.shape[-1])
     tangent = torch.randn(n, *loc.shape, device=loc.device, dtype=loc.dtype)[..., 1:]
     tangent = torch.nn.functional.normalize(tangent, dim=-1)

@@ -1,4 +1,4 @@
-"""Where the time of training goes: the ops of one small step, and the stages of whole runs."""
+"""Measure where training spends its time: the ops of a small step, the stages of a run."""
 
 import argparse
 import collections

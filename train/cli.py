@@ -69,7 +69,7 @@ def parse(arguments: Sequence[str], presets: dict[str, Config]) -> Config:
             if value != asked[flag] and flag not in CHANGEABLE:
                 raise RunError(
                     f"the run in {folder} has {flag} {value}, not {asked[flag]}: "
-                    "resume it as it is, or start another with another --out"
+                    "resume it unchanged, or start a new run with another --out"
                 )
     config.check()
     return config

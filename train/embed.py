@@ -19,7 +19,7 @@ def autocast(config: OptimConfig, device: torch.device) -> torch.autocast:
 
 @torch.no_grad()
 def embed(
-    model: EmbeddingNet, images: ImageSet, config: Config, ranks: Ranks, batch_size: int = 500
+    model: EmbeddingNet, images: ImageSet, config: Config, ranks: Ranks
 ) -> tuple[Tensor, Tensor]:
     """Embed a set in eval mode: embeddings [n, D], and the indices of the readable images.
 
@@ -27,7 +27,7 @@ def embed(
     """
     model.eval()
     features, kept = [], []
-    batch_size = batch_size if images.images is not None else config.data.batch_size
+    batch_size = 500 if images.images is not None else config.data.batch_size
     cuda = ranks.device.type == "cuda"
     part = ranks.share(len(images))
     for batch in all_batches(images, part, batch_size, config.data.workers, pin_memory=cuda):

@@ -155,7 +155,7 @@ class MetricLearningLoss(nn.Module):
         concentration_lr_mult: float = 1.0,
         temperature_lr_mult: float = 1.0,
     ) -> list[dict[str, Any]]:
-        """One group, without weight decay, of what the loss learns: proxies or margins."""
+        """One group, without weight decay, of the loss's parameters: proxies or margins."""
         return _one_group(self.loss, lr * proxy_lr_mult)
 
 

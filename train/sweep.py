@@ -59,7 +59,7 @@ class Candidate:
 
 
 # Likelihoods and the squared distance have temperatures around 1; a cosine, far below. The last
-# candidate shows what a bound of the norm does to its informativeness.
+# candidate shows how bounding the norm changes how informative it is.
 LIKELIHOOD = (0.1, 4.0)
 TEMPERATURES = {"l2": (1.0, 64.0), "cos": (1 / 64, 0.25)}
 CANDIDATES = {

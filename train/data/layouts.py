@@ -161,7 +161,7 @@ def check_files(folder: Path, parts: dict[str, Classes], advice: str) -> None:
     if missing := sorted(wanted - there):
         raise RunError(
             f"{len(missing):,} of {len(wanted):,} listed images are missing, one is "
-            f"{folder / missing[0]}: {advice}, or go on without them with --skip-bad-images"
+            f"{folder / missing[0]}: {advice}, or continue without them with --skip-bad-images"
         )
 
 

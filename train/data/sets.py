@@ -23,7 +23,7 @@ from train.data.layouts import find_classes, split
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images, on the disk or in memory, with what is known about them."""
+    """Images, on the disk or in memory, with their labels, paths and transforms."""
 
     labels: Tensor  # int64 [n], counting from 0
     paths: list[str]  # relative to `folder`, "/" between the parts
@@ -178,7 +178,7 @@ def decode(file: Path, channels: int) -> Image.Image:
     except Exception as error:  # on damaged files Pillow raises nearly anything
         reason = "not an image" if isinstance(error, UnidentifiedImageError) else error
         raise RunError(
-            f"cannot read image {file} ({reason}): get it again, or go on without such images "
+            f"cannot read image {file} ({reason}): get it again, or continue without such images "
             "with --skip-bad-images"
         ) from None
 

@@ -1,6 +1,6 @@
 """Translate command lines of the paper's released code: `python -m train --from-released "..."`.
 
-Its flags, with their defaults there and what they are here, are the table of docs/migrating.md.
+docs/migrating.md has the table of its flags, with their defaults and their counterparts here.
 """
 
 from train.released.flags import FLAGS, LOSS_NAMES, MINER_NAMES, table
