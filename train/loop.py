@@ -94,7 +94,7 @@ def run(config: Config, ranks: Ranks) -> None:
     scaler = torch.amp.GradScaler(device.type, enabled=config.optim.amp == "float16")
     state = State(model, loss, optimiser, schedule, scaler)
     pixels, raw_recall = test_set.images, None
-    if pixels is not None:
+    if ranks.is_main and pixels is not None:
         raw_recall = evaluate.retrieve(pixels.flatten(1), test_set.labels, "e").recall(1)
     if ranks.is_main:
         describe(config, ranks, model, train_set, test_set, raw_recall)
