@@ -177,7 +177,7 @@ class BuildKernels(build_ext):
             fatal = demanded or strict
         if fatal:
             raise SystemExit(f"nivmf-fast: {name} is required, but {reason}\n  try: {remedy}")
-        say(f"WARNING: {name} is left out: {reason}\n  to have it: {remedy}")
+        say(f"WARNING: {name} is left out: {reason}\n  to build it: {remedy}")
         self.info["off"][name], self.info["remedy"][name] = reason, remedy
         return False
 

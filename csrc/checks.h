@@ -123,9 +123,9 @@ inline void check_options(const LogPpkOptions& options) {
   }
 }
 
-// Checks the arguments that all four log-PPK ops share; returns the number of images.
-inline int64_t check_log_ppk(const Tensor& samples, const Tensor& loc, const Tensor& concentration,
-                             const Tensor& temperature, const LogPpkOptions& options) {
+// Checks the arguments that all four log-PPK ops share.
+inline void check_log_ppk(const Tensor& samples, const Tensor& loc, const Tensor& concentration,
+                          const Tensor& temperature, const LogPpkOptions& options) {
   check_options(options);
   if (samples.dim() != 3) {
     fail("samples has ", samples.dim(), " dimensions, expected [n, batch, dim]");
@@ -141,7 +141,6 @@ inline int64_t check_log_ppk(const Tensor& samples, const Tensor& loc, const Ten
   check_tensor("loc", loc, samples, dtype, {proxies, dim});
   check_tensor("concentration", concentration, samples, dtype, {proxies, dim});
   check_tensor("temperature", temperature, samples, dtype, {});
-  return batch;
 }
 
 }  // namespace nivmf

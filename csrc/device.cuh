@@ -1,7 +1,7 @@
 // The hardware primitives of the log-PPK kernels (asynchronous copies, bf16 and its mma, shuffles,
 // tickets, launches) and the reductions over a warp and a block that build on them.
 // Without nvcc, tests/cuda_on_host.h provides the primitives and the kernels run on the CPU; no
-// other kernel file depends on which of the two it is.
+// other kernel file distinguishes the two.
 // Included by tiles.cuh, and so by every log-PPK kernel. Design: docs/design/log_ppk_cuda.md.
 #pragma once
 

@@ -77,7 +77,7 @@ NIVMF_INLINE double moment(const T* weight, const T* z, T max, int64_t size) {
 }
 
 // Weights of one row: the softmax over samples and proxies minus that over the samples of the own
-// proxy, which stands at `label` in this panel or not in it. An image's weights sum to zero, so
+// proxy, which is at `label` in this panel or in another. An image's weights sum to zero, so
 // subtracting its maximum from every score changes no gradient. Weights of scores below dead_below
 // become zero, and the products skip them.
 template <typename T>

@@ -91,8 +91,8 @@ struct Ops {
     Call(const Tensor& x, const Tensor& m, const Tensor& k, const Tensor& t,
          const LogPpkOptions& options)
         : samples(x), loc(m), concentration(k), temperature(t) {
-      const int64_t batch = check_log_ppk(x, m, k, t, options);
-      sizes = {x.size(0), batch, m.size(0), m.size(1), options};
+      check_log_ppk(x, m, k, t, options);
+      sizes = {x.size(0), x.size(1), m.size(0), m.size(1), options};
       Backend::check_sizes(sizes);
     }
     template <typename T>

@@ -73,7 +73,7 @@ NIVMF_HD T draw_chi2(T m, T boost, const SampleStream& stream, uint32_t attempt)
     const T z = box_muller(uniform<T>(words.w0), uniform<T>(words.w1)).first;
     const T root = 1 + c * z;
     v = root * root * root;
-    // 1 - v is exact near 1, where v lies when d is large and would magnify a rounding.
+    // For large d, which would magnify a rounding, v is near 1, and 1 - v is exact there.
     if (v > 0 && std::log(uniform<T>(words.w2)) <= z * z / 2 + d * ((1 - v) + std::log(v))) break;
   }
   return 2 * d * v * (m < 2 ? boost * boost : T(1));

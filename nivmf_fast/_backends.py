@@ -53,6 +53,7 @@ class Backend:
         self.name, self._devices = name, devices
 
     def state(self) -> BackendState:
+        """Whether the backend was built, and whether it can run on this machine."""
         return BackendState(True, True)
 
     def has(self, op: str) -> bool:
@@ -68,6 +69,7 @@ class Backend:
         raise NotImplementedError
 
     def runs_on(self, device: str) -> bool:
+        """Whether the backend computes on tensors of a type of device."""
         return device in self._devices
 
 
@@ -114,7 +116,7 @@ class Compiled(Backend):
 
     def _load(self) -> BackendState:
         info, stem = build_info(), f"_C_{self.name}"
-        rebuild = "NIVMF_REQUIRE_EXT=1 pip install --no-deps . in the source tree (says what fails)"
+        rebuild = "NIVMF_REQUIRE_EXT=1 pip install --no-deps . in the source tree (reports errors)"
         library = _HERE / f"{stem}.so"
         if not library.is_file():
             reason = info.get("off", {}).get(stem, "it was not built")

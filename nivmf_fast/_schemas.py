@@ -74,6 +74,6 @@ def takes_options(op: str) -> bool:
     return SCHEMAS[op][0].endswith(_OPTIONS)
 
 
-# Arguments of proxy_nca_saved_cpu and proxy_nca_saved_cuda, by which a compiled library tells the
-# fake kernel the shape of the array that its `proxy_nca` saves.
+# Arguments of proxy_nca_saved_cpu and proxy_nca_saved_cuda: a compiled library's shape of the array
+# that its `proxy_nca` saves, for the fake kernel.
 SAVED_SCHEMA = f"int n, int batch, int proxies, int dim, bool double, {_OPTIONS}"

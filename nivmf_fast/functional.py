@@ -151,7 +151,8 @@ def vmf_rsample(
         _checks.check_all("loc", loc, loc.isfinite(), "finite")
         _checks.check_all("loc", loc, (loc != 0).any(-1), "of nonzero length")
         _checks.check_all("concentration", concentration, concentration >= 0, ">= 0")
-        _checks.check_all("concentration", concentration, concentration <= 1e18, "at most 1e18")
+        small = concentration <= special.MAX_CONCENTRATION
+        _checks.check_all("concentration", concentration, small, "at most 1e18")
     loc, concentration = _checks.computable(loc, concentration)
     samples: Tensor = torch.ops.nivmf_fast.vmf_rsample(
         loc.contiguous(),
@@ -213,7 +214,7 @@ def log_ppk(
     _checks.check_proxies(samples, loc, concentration, validate)
     temperature = _checks.temperature_tensor(temperature, samples, validate)
     samples, loc, concentration, T = _checks.computable(samples, loc, concentration, temperature)
-    if temperature_outside:  # no joint softmax, hence no fused kernel
+    if temperature_outside:  # no kernel: it is not one joint softmax
         with torch.autocast(samples.device.type, enabled=False):
             return reference.log_ppk(
                 samples, loc, concentration, T, normalizer, projection, True, constants
@@ -317,6 +318,8 @@ def proxy_nca_shard(
         ValueError, TypeError: wrong shape, dtype or option. Values are not checked.
     """
     _checks.check_proxies(samples, loc, concentration, False)
+    _checks.check_labels(labels, samples.shape[1], len(loc), False)
+    _checks.check_same_device(samples=samples, labels=labels)
     temperature = _checks.temperature_tensor(temperature, samples, False)
     samples, loc, concentration, T = _checks.computable(samples, loc, concentration, temperature)
     tensors = [t.contiguous() for t in (samples, loc, concentration, labels, T)]

@@ -34,6 +34,8 @@ from nivmf_fast.proxy_loss import ProxyLoss, _Images
 
 
 class _NonIsotropicLoss(ProxyLoss):
+    """Base of the losses by log-PPK: of samples of the image or, here, of its direction."""
+
     ops: ClassVar[tuple[str, ...]] = ("proxy_nca",)
     isotropic = False
 

@@ -154,7 +154,7 @@ class _Communicator:
         except dist.DistNetworkError:
             return "process 0, or the torchrun that holds the store in its place, has ended"
         if not missing:
-            return "of what follows"
+            return "of this error"
         several = ": ended, or waiting for one that has" if len(missing) > 1 else ""
         return f"no answer from process {', '.join(missing)}{several}"
 

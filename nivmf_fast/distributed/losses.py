@@ -238,7 +238,10 @@ class ClassParallelLoss(_SlicedLoss):
 
     @torch.no_grad()
     def warmstart(self, embeddings: Tensor, labels: Tensor) -> None:
-        """Set every proxy to the mean direction of its class, over all processes' images."""
+        """Set every proxy to the mean direction of its class, over all processes' images.
+
+        Every process must call this, with its own embeddings [b, D] and global labels [b].
+        """
         counts = self._handshake(embeddings, labels, None).counts
         loc = directions_and_norms(embeddings)[0].to(self.proxies)
         labels = labels.to(self.proxies.device)

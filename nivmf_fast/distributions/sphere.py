@@ -96,7 +96,8 @@ class _SphereDistribution(Distribution):
             )
         k, least = self.concentration, ">= 0" if self._concentration_dims == 0 else "> 0"
         positive = k >= 0 if self._concentration_dims == 0 else k > 0
-        check_all("concentration", k, positive & (k <= 1e18), f"{least} and at most 1e18")
+        ok = positive & (k <= special.MAX_CONCENTRATION)
+        check_all("concentration", k, ok, f"{least} and at most 1e18")
 
     @property
     def dim(self) -> int:

@@ -92,8 +92,8 @@ def log_ppk(
     proxies = prepare_proxies(loc, concentration, normalizer, projection)
     z = score(samples, proxies, normalizer, projection)
     inner = torch.ones_like(temperature) if temperature_outside else temperature
-    maximum = z.detach().amax(0)
-    s = maximum / inner + torch.logsumexp((z - maximum) / inner, 0) - math.log(N)
+    maximum, lse = log_sum(z, inner)
+    s = maximum / inner + lse - math.log(N)
     if temperature_outside:
         s = s / temperature
     if constants:

@@ -13,6 +13,8 @@ MAX_ATTEMPTS = 64  # an attempt fails with probability <= 0.342, 64 in a row wit
 
 
 class Draw(NamedTuple):
+    """Samples, with the data that their gradients need and the margin that tests need."""
+
     samples: Tensor  # [N, B, D], unit
     one_minus_w: Tensor  # [N, B], 1 - loc . sample without cancellation
     margin: Tensor  # [N, B], margin of the closest accept/reject decision; 0 if the normals are
@@ -36,7 +38,8 @@ def vmf_rsample(
     (B, D), dtype, m = loc.shape, loc.dtype, loc.shape[1] - 1
     stream = Stream(n, B, seed.to(loc.device), image_offset, stream_dtype or dtype)
     mu = loc / torch.linalg.vector_norm(loc, dim=-1, keepdim=True)
-    valid = (concentration >= 0) & (concentration <= 1e18) & mu.isfinite().all(-1)
+    valid = (concentration >= 0) & (concentration <= special.MAX_CONCENTRATION)
+    valid = valid & mu.isfinite().all(-1)
 
     rows = stream.index % max(B, 1)
     center, k = mu[rows], torch.where(valid, concentration, 0)[rows]

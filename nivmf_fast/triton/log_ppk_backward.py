@@ -6,7 +6,7 @@ gradients. Called by log_ppk.py. Derivations: docs/math.md, "Gradients of log-PP
 "Dead tiles". Design: docs/design/log_ppk_triton.md.
 """
 
-# The kernels are Triton's language, not Python's types:
+# Kernels are written in the language of Triton, whose types mypy does not know.
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 
 import torch

@@ -5,7 +5,7 @@ Called by the kernels in the other log_ppk files. Rows: row s B + i is sample s 
 Design: docs/design/log_ppk_triton.md.
 """
 
-# The kernels are Triton's language, not Python's types:
+# Kernels are written in the language of Triton, whose types mypy does not know.
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 
 import math

@@ -5,7 +5,7 @@ scores of the own proxies, maxima of the tiles; for log-PPK: s [B, P], its maxim
 Launched by log_ppk.py. Design: docs/design/log_ppk_triton.md.
 """
 
-# The kernels are Triton's language, not Python's types:
+# Kernels are written in the language of Triton, whose types mypy does not know.
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 
 import triton

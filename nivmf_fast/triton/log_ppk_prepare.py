@@ -6,7 +6,7 @@ Called by the launchers in log_ppk.py; `saved_like` by the fake kernels.
 Design: docs/design/log_ppk_triton.md.
 """
 
-# The kernels are Triton's language, not Python's types:
+# Kernels are written in the language of Triton, whose types mypy does not know.
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 
 import functools
@@ -23,6 +23,8 @@ from nivmf_fast.triton.log_ppk_device import load_scales, proxy_coefficients, st
 
 
 class Tile(NamedTuple):
+    """Sizes of a kernel's tile, and how to compile it."""
+
     rows: int
     proxies: int
     columns: int  # of the gradient products

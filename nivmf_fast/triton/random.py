@@ -3,7 +3,7 @@
 Device functions, called by both sampler files. The words are those of `reference/random.py`.
 """
 
-# The types of what a kernel takes are known to the Triton compiler alone.
+# Kernels are written in the language of Triton, whose types mypy does not know.
 # mypy: disable-error-code="no-untyped-def"
 
 import math

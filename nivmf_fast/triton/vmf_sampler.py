@@ -6,7 +6,7 @@ The order of every sum follows from D and the type alone: bitwise the same for a
 Design: docs/design/sampler.md.
 """
 
-# The types of what a kernel takes are known to the Triton compiler alone.
+# Kernels are written in the language of Triton, whose types mypy does not know.
 # mypy: disable-error-code="no-untyped-def"
 
 import math
@@ -209,6 +209,7 @@ def aligned(tensor: Tensor) -> Tensor:
 def vmf_rsample(
     loc: Tensor, concentration: Tensor, n: int, seed: Tensor, image_offset: int
 ) -> tuple[Tensor, Tensor]:
+    """The op `vmf_rsample`: samples and 1 - w."""
     B, D = loc.shape
     samples, one_minus_w = loc.new_empty(n, B, D), loc.new_empty(n, B)
     if n * B > 0:

@@ -6,7 +6,7 @@ The order of every sum follows from D, n and the type alone: bitwise the same fo
 Derivations: docs/math.md, "Gradients of the sampler". Design: docs/design/sampler.md.
 """
 
-# The types of what a kernel takes are known to the Triton compiler alone.
+# Kernels are written in the language of Triton, whose types mypy does not know.
 # mypy: disable-error-code="no-untyped-def"
 
 import torch
@@ -272,6 +272,7 @@ def _backward_shape(n: int, D: int, itemsize: int) -> dict[str, int]:
 def vmf_rsample_backward(
     grad: Tensor, samples: Tensor, one_minus_w: Tensor, loc: Tensor, concentration: Tensor
 ) -> tuple[Tensor, Tensor]:
+    """The op `vmf_rsample_backward`: gradients in loc and concentration."""
     n, B, D = samples.shape
     grad_loc, grad_concentration = torch.empty_like(loc), torch.empty_like(concentration)
     if B > 0:
