@@ -14,7 +14,7 @@ void plan(const nivmf::LogPpkSizes& s, bool has_tensor_cores, int64_t* out) {
   Arena saved(nullptr), forward(nullptr), backward(nullptr);
   Saved<T>(p, saved);
   ForwardScratch<T>(p, true, forward);
-  BackwardScratch<T>(p, true, s.samples * s.images * s.dim, backward);
+  BackwardScratch<T>(p, true, s.N * s.B * s.D, backward);
   const int64_t fields[] = {p.tile,       p.blocks,       p.chunk,        p.back_chunk,
                             saved.size(), forward.size(), backward.size()};
   std::copy(std::begin(fields), std::end(fields), out);

@@ -1,6 +1,6 @@
 """The whole model in eager PyTorch: the specification that every kernel is tested against.
 
-Any device, float32 and float64; nothing here is optimised for speed and nothing is approximate.
+Runs on any device in float32 and float64; nothing is optimised for speed or approximated.
 B images, N samples each, P proxies, dimension D, temperature T. `log_ppk` holds the model,
 `sampler` and `random` the draws, `operators` the backend named "reference".
 """
