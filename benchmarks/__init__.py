@@ -1,3 +1,3 @@
 import os
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # of torch.profiler: it logs every start and stop
+os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # otherwise torch.profiler logs every start and stop

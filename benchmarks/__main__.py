@@ -1,16 +1,16 @@
-"""Time this library against the alternatives, and see where the time goes.
+"""Time this library against the alternatives, and show where the time goes.
 
 python -m benchmarks --op proxy_nca --shape cub-128 sop-512    kernels and their baselines
-python -m benchmarks --json new.json --against old.json        what became slower? exit code 1
-python -m benchmarks all                                       all that a CPU can show, to results/
+python -m benchmarks --json new.json --against old.json        exit with 1 if anything is slower
+python -m benchmarks all                                       all CPU figures, to results/
 python -m benchmarks gpu                                       the same for a GPU (`make gpu`)
-python -m benchmarks ceilings                                  copies and matrix products at best
+python -m benchmarks ceilings                                  peak rates of copies and products
 python -m benchmarks growth                                    exponents of time and memory
 python -m benchmarks step                                      a small step, op by op
 python -m benchmarks train                                     a glyph run, stage by stage
 python -m benchmarks resnet                                    the loss's share in a ResNet-50 step
 python -m benchmarks scale                                     classes over processes, up to 1e8
-python -m benchmarks readme                                    README's figures from results/
+python -m benchmarks readme                                    results/ into README's figures
 """
 
 import argparse
@@ -32,7 +32,7 @@ def ceilings(args: argparse.Namespace) -> Found:
 
 
 def section(name: str, measure: Callable[[argparse.Namespace], Found]) -> Callable[..., Found]:
-    """A command whose findings have their own Markdown."""
+    """Make a command of a measurement that has its own Markdown."""
 
     def command(args: argparse.Namespace) -> Found:
         return {name: measure(args)}
@@ -48,7 +48,7 @@ class_parallel = section("scale", scale.class_parallel)
 
 
 def everything(args: argparse.Namespace) -> Found:
-    """All that a CPU can show, in under six minutes; written after each part."""
+    """Measure all that a CPU can show, in under six minutes; write the file after each part."""
     file = args.json or report.RESULTS / f"{args.device}-{args.about['commit']}.json"
     found: Found = {"results": []}
     args.json = None
@@ -85,14 +85,16 @@ def parser(command: str) -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seconds", type=float, default=None, help="per case; default 1")
     parser.add_argument("--quick", action="store_true", help=f"{QUICK} seconds per case")
-    parser.add_argument("--json", type=Path, help="write the figures to this file, and as .md")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write the figures to FILE, and as .md"
+    )
     parser.set_defaults(temperature=[1.0, 0.003], backend=[], against=None, plots=None)
     if command == "kernels":
         parser.add_argument("--op", nargs="+", choices=CASES, default=["proxy_nca", "vmf_rsample"])
         parser.add_argument("--shape", nargs="+", choices=SHAPES, metavar="SHAPE",
                             default=["cub-128", "cub-512"], help=", ".join(SHAPES))  # fmt: skip
         parser.add_argument("--temperature", nargs="+", type=float)
-        parser.add_argument("--backend", nargs="+", choices=BACKENDS, help="default all there are")
+        parser.add_argument("--backend", nargs="+", choices=BACKENDS, help="default: all usable")
         parser.add_argument("--against", type=Path, metavar="FILE", help="compare with this file")
     if command in ("kernels", "all"):
         parser.add_argument("--plots", type=Path, metavar="DIR", help="PNG and SVG")
@@ -121,7 +123,7 @@ def main(arguments: Sequence[str]) -> int:
     args = parser(command).parse_args(rest)
     if args.seconds is None:
         args.seconds = QUICK if args.quick else 1.0
-    old = report.read(args.against) if args.against else None  # before hours of work
+    old = report.read(args.against) if args.against else None  # before any measurement
     args.about = timing.machine(args.device)
     found = {"machine": args.about, **COMMANDS[command](args)}
     if args.plots and "ceilings" not in found:
@@ -130,9 +132,9 @@ def main(arguments: Sequence[str]) -> int:
     print(report.markdown(found_last))  # the kernels' tables have been printed
     if args.json:
         report.write(args.json, found)
-        print(f"written: {args.json}")
+        print(f"wrote {args.json}")
     for file in report.plots(found, args.plots) if args.plots else ():
-        print(f"written: {file}")
+        print(f"wrote {file}")
     if old is None:
         return 0
     text, slower = report.against(found, old)

@@ -1,6 +1,6 @@
-"""What is timed: shapes, data, and for every op this library's backends and its baselines.
+"""The timed cases: shapes, data, and for every op this library's backends and its baselines.
 
-A case is a function without arguments that does one whole step, forward and backward, and returns
+A case is a function without arguments that runs one whole step, forward and backward, and returns
 named results; all cases of an op must return the same numbers, which is checked before timing.
 """
 
@@ -22,7 +22,7 @@ Step = Callable[[], dict[str, Tensor]]
 
 class Shape(NamedTuple):
     B: int  # images
-    N: int  # samples of each
+    N: int  # samples per image
     P: int  # proxies
     D: int  # dimensions
 
@@ -48,7 +48,7 @@ class Problem:
     temperature: float
     device: str
     dtype: torch.dtype = torch.float32
-    backends: tuple[str, ...] = ()  # of this library; none: all that run here
+    backends: tuple[str, ...] = ()  # of this library; all that run here if empty
 
     def __post_init__(self) -> None:
         B, N, P, D = self.shape
@@ -67,7 +67,7 @@ class Problem:
         return Problem(self.op, self.shape, self.temperature, self.device, torch.float64)
 
 
-# kernels first: the first case of an op is what the others are compared with
+# kernels first: the others are compared with the first case of an op
 BACKENDS = tuple(sorted(nivmf_fast.backends(), key=lambda name: name == "reference"))
 NAMES = ("value", "samples", "loc", "concentration", "temperature")
 
@@ -94,7 +94,7 @@ def _eager(problem: Problem) -> Callable[..., Tensor]:
 
 
 def _per_image(problem: Problem) -> Callable[..., Tensor]:
-    """As the research code goes about it: one image after the other, [N, P, D] numbers for each."""
+    """The research code's way: one image after the other, with [N, P, D] numbers each."""
 
     def log_density(x: Tensor, loc: Tensor, kappa: Tensor) -> Tensor:  # [N, D] -> [N, P]
         k_mu = kappa * loc
@@ -102,7 +102,7 @@ def _per_image(problem: Problem) -> Callable[..., Tensor]:
         g = nivmf_fast.vmf_log_normalizer(length, loc.shape[-1], constants=False)
         k_x = x[:, None] * kappa
         x_length = k_x.norm(dim=-1)
-        # centred, or float32 would hold no digit of the differences at a small temperature
+        # centred, otherwise float32 loses all digits of the differences at a small temperature
         log_volume = torch.log(kappa / x_length.detach().mean()).sum(-1)
         shrink = loc.shape[-1] * torch.log(x_length / x_length.detach().mean())
         return g + (k_x * k_mu).sum(-1) / x_length + log_volume - shrink
@@ -120,7 +120,7 @@ def _per_image(problem: Problem) -> Callable[..., Tensor]:
 
 
 def _chunked(problem: Problem, chunk: int = 4096) -> Callable[..., Tensor]:
-    """Batched over chunks of proxies whose scores are computed again in the backward."""
+    """Batched over chunks of proxies, whose scores are recomputed in the backward."""
 
     def part(x: Tensor, loc: Tensor, kappa: Tensor, T: Tensor) -> Tensor:  # [B], raw log sum
         proxies = reference.prepare_proxies(loc, kappa)
@@ -235,7 +235,7 @@ def _sampler_cases(problem: Problem) -> Iterator[tuple[str, Callable[[], Step]]]
         lambda: lambda: {"floor": torch.randn(N, B, D, device=problem.device)},
     )
     for name, draw in SAMPLERS.items():
-        if draw is not scipy_loop or (problem.device == "cpu" and D <= 128):  # else seconds a draw
+        if draw is not scipy_loop or (problem.device == "cpu" and D <= 128):  # slow elsewhere
             yield name, lambda draw=draw: lambda: {"samples": draw(loc, k, N)}
 
 
@@ -261,7 +261,7 @@ CASES: dict[str, Callable[[Problem], Iterator[tuple[str, Callable[[], Step]]]]] 
 
 
 def truth(problem: Problem) -> dict[str, Tensor] | None:
-    """The same step in float64, where that fits into memory."""
+    """Run the same step in float64, if that fits into memory."""
     B, N, P, _ = problem.shape
     if problem.op == "vmf_rsample" or 8 * 8 * B * N * P > 8e9:
         return None
@@ -270,7 +270,7 @@ def truth(problem: Problem) -> dict[str, Tensor] | None:
 
 
 def tangential(results: dict[str, Tensor] | None, problem: Problem) -> dict[str, Tensor] | None:
-    """Results with the samples' gradient along the sphere: across it, each form has its own."""
+    """Project the samples' gradient onto the sphere: the other component is arbitrary."""
     if results is None or problem.op == "vmf_rsample" or "samples" not in results:
         return results
     grad = results["samples"]

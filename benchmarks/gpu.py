@@ -1,7 +1,7 @@
-"""One command that uses a borrowed GPU well: build, tests, figures, each part in its own time.
+"""Build, test and measure on a GPU with one command, each part within its time limit.
 
-A part that fails or takes too long leaves the others' results. After every part the results are
-written to benchmarks/results/DEVICE-COMMIT.json, and to $OUT too where that is set.
+If a part fails or takes too long, the others' results remain. After every part the results are
+written to benchmarks/results/DEVICE-COMMIT.json, and to $OUT if that is set.
 """
 
 import argparse
@@ -26,10 +26,10 @@ from benchmarks import report, timing
 
 ROOT = Path(__file__).parents[1]
 WHOLE, WHOLE_QUICK = 530.0, 170.0  # seconds that everything may take
-TAIL = 2000  # characters of its output that are kept of a part
+TAIL = 2000  # characters kept of a failed part's output
 BENCH = ("-m", "benchmarks")
 PYTEST = ("-m", "pytest", "--override-ini=addopts=-ra", "-q", "-p", "no:cacheprovider")
-# every test that runs on a GPU, and few that a machine without one runs as well
+# every test that needs a GPU, and few others
 GPU_TESTS = {
     "kernel tests": ("tests/test_log_ppk_cuda.py", "tests/test_benchmarks.py", "-k", "gpu"),
     "tests": ("tests/test_special.py", "tests/test_vmf_rsample.py", "tests/test_log_ppk.py",
@@ -46,20 +46,20 @@ SANITIZED = ("tests/test_log_ppk_cuda.py", "tests/test_vmf_rsample.py", "-k",
 @dataclass(frozen=True)
 class Part:
     name: str
-    command: tuple[str, ...]  # of Python, or with `program` of that
-    seconds: float  # besides what the parts before it leave
-    quick: float | None = None  # seconds in a quick run, which leaves out parts without
+    command: tuple[str, ...]  # arguments of `program`
+    seconds: float  # plus what the parts before it leave unused
+    quick: float | None = None  # seconds in a quick run; None leaves the part out
     program: str = sys.executable
     environment: tuple[tuple[str, str], ...] = ()
-    gives: bool = False  # results: it is called with --json FILE
+    writes_json: bool = False  # takes --json FILE and writes results to it
 
 
 def parts(device: str) -> list[Part]:
-    """What is done, in the order of how much its absence would hurt."""
+    """All parts, the most important ones first."""
     here = ("--device", device)
 
     def bench(name: str, seconds: float, quick: float | None, *command: str) -> Part:
-        return Part(name, (*BENCH, *command, *here), seconds, quick, gives=True)
+        return Part(name, (*BENCH, *command, *here), seconds, quick, writes_json=True)
 
     nca = ("--op", "proxy_nca", "--shape")
     head = (
@@ -92,7 +92,7 @@ def parts(device: str) -> list[Part]:
 
 
 def run_part(part: Part, seconds: float, folder: Path) -> dict[str, Any]:
-    """How it ended, after how long, its last words, and what it found."""
+    """Run a part; return its state, its seconds, its last line and its results."""
     outcome: dict[str, Any] = {"name": part.name, "seconds": 0.0, "said": "", "tail": ""}
     program = shutil.which(part.program)
     if program is None:
@@ -100,7 +100,7 @@ def run_part(part: Part, seconds: float, folder: Path) -> dict[str, Any]:
     if seconds <= 0:
         return outcome | {"state": "skipped", "said": "no time was left"}
     file = folder / f"{part.name.replace(' ', '-')}.json"
-    command = [program, *part.command, *(("--json", str(file)) if part.gives else ())]
+    command = [program, *part.command, *(("--json", str(file)) if part.writes_json else ())]
     log, start = folder / "log", time.perf_counter()
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -109,7 +109,7 @@ def run_part(part: Part, seconds: float, folder: Path) -> dict[str, Any]:
             stdout=output,
             stderr=subprocess.STDOUT,
             env={**os.environ, **dict(part.environment)},
-            start_new_session=True,  # so that a part ends with all that it has started
+            start_new_session=True,  # so that killing a part kills all that it has started
         )
         try:
             code = process.wait(seconds)
@@ -137,9 +137,9 @@ def run_parts(
     found: dict[str, Any],
     files: Sequence[Path],
 ) -> None:
-    """Do the parts one after the other, and write all files after each.
+    """Run the parts one after the other, and write all files after each.
 
-    A part may take its own time and what those before it have left, but none of those after it.
+    A part may take its own time and what the parts before it left unused.
     """
     due = time.perf_counter()
     end = due + whole
@@ -165,10 +165,10 @@ def run_parts(
 
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks gpu", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="3 minutes: tests, headline cases")
-    parser.add_argument("--dry", action="store_true", help="say what would be done, and end")
+    parser.add_argument("--quick", action="store_true", help="3 minutes: build, tests, main cases")
+    parser.add_argument("--dry", action="store_true", help="print the parts, and exit")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--commit", help="to be named in the file, where there is no git")
+    parser.add_argument("--commit", help="name of the commit, if there is no git")
     args = parser.parse_args(arguments)
     planned = [
         (part, part.quick if args.quick else part.seconds)
@@ -180,7 +180,7 @@ def main(arguments: Sequence[str]) -> int:
             print(f"{part.name}: at most {seconds:.0f} s: {part.program} {' '.join(part.command)}")
         return 0
     if args.device == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("no GPU is visible to torch: this is for a machine with one (see --dry)")
+        raise SystemExit("torch sees no GPU: run this on a machine with one, or use --dry")
     about = timing.machine(args.device)
     about["commit"] = args.commit or about["commit"]
     device = re.sub(r"[^a-z0-9]+", "-", about["device"].lower()).strip("-")
@@ -190,5 +190,5 @@ def main(arguments: Sequence[str]) -> int:
     run_parts(planned, WHOLE_QUICK if args.quick else WHOLE, found,
               [folder / name for folder in folders])  # fmt: skip
     print(report.markdown(found))
-    print(f"written: {report.RESULTS / name}")
+    print(f"wrote {report.RESULTS / name}")
     return int(any(part["state"] not in ("done", "skipped") for part in found["parts"]))

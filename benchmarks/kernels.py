@@ -1,4 +1,4 @@
-"""Time the kernels next to their baselines, after checking that all compute the same thing."""
+"""Time the kernels against their baselines, after checking that all compute the same thing."""
 
 import argparse
 import itertools
@@ -12,16 +12,16 @@ from benchmarks import report, timing
 from benchmarks.cases import CASES, SHAPES, Problem, Step, tangential, truth
 from benchmarks.samplers import moment_error
 
-STANDARD_ERRORS = 5  # that a sampler's mean cosine may be off
-TOLERANCE = 0.05  # of a case against float64: all compute the same thing, or the time says nothing
-ROUNDS = 5  # of all problems: a minute in which the machine is busy then meets more than one
-HEAVY = 1 << 28  # bytes of inputs above which a problem has its rounds at once and is let go
+STANDARD_ERRORS = 5  # by which a sampler's mean cosine may be off
+TOLERANCE = 0.05  # relative error against float64: beyond it a case computes something else
+ROUNDS = 5  # over all problems, so that a busy minute of the machine is shared by several
+HEAVY = 1 << 28  # bytes of inputs above which a problem runs all its rounds and is then freed
 
 Found = dict[str, Any]
 
 
 def checked(problem: Problem) -> tuple[list[Found], dict[str, Step]]:
-    """A row for every case of a problem, ours first, and the steps that are left to be timed."""
+    """Check the cases of a problem: a row for each, ours first, and the steps left to time."""
     want, steps, rows = tangential(truth(problem), problem), {}, []
     for name, make in CASES[problem.op](problem):
         try:
@@ -52,7 +52,7 @@ def checked(problem: Problem) -> tuple[list[Found], dict[str, Step]]:
 
 
 class Timed:
-    """A problem's result, with the times of all rounds so far."""
+    """The result of a problem, with the times of all rounds so far."""
 
     def __init__(self, problem: Problem, shape: str) -> None:
         self.problem = problem
@@ -62,13 +62,14 @@ class Timed:
                        "temperature": problem.temperature, "rows": rows}  # fmt: skip
 
     def round(self, seconds: float) -> None:
-        for name, ms in timing.turns(self.steps, self.problem.device, seconds, least=2).items():
+        times = timing.interleave(self.steps, self.problem.device, seconds, least=2)
+        for name, ms in times.items():
             self.times[name] += ms
-        times = {name: timing.summarised(ms) for name, ms in self.times.items()}
+        summary = {name: timing.summarise(ms) for name, ms in self.times.items()}
         for row in self.result["rows"]:
-            if row["case"] in times:
-                first = next(iter(times.values()))["median_ms"]
-                row |= times[row["case"]] | {"ratio": times[row["case"]]["median_ms"] / first}
+            if row["case"] in summary:
+                first = next(iter(summary.values()))["median_ms"]
+                row |= summary[row["case"]] | {"ratio": summary[row["case"]]["median_ms"] / first}
 
 
 def kernels(args: argparse.Namespace) -> Found:
@@ -81,9 +82,9 @@ def kernels(args: argparse.Namespace) -> Found:
     found: list[Found] = []
     kept: list[Timed] = []
 
-    def go_on(timed: Timed) -> None:
+    def time_round(timed: Timed) -> None:
         timed.round(args.seconds / ROUNDS)
-        if args.json:  # what is cut short keeps what it has
+        if args.json:  # an interrupted run keeps its results so far
             report.write(args.json, {"machine": args.about, "results": found})
 
     for op in args.op:
@@ -93,16 +94,16 @@ def kernels(args: argparse.Namespace) -> Found:
                 timed = Timed(problem, name)
                 print(f"checked: {report.title(timed.result)}", file=sys.stderr, flush=True)
                 found.append(timed.result)
-                go_on(timed)
+                time_round(timed)
                 if sum(tensor.nbytes for tensor in problem.inputs) <= HEAVY:
                     kept.append(timed)
                     continue
                 for _ in range(ROUNDS - 1):
-                    go_on(timed)
+                    time_round(timed)
     for number in range(2, ROUNDS + 1):
         print(f"round {number} of {ROUNDS}", file=sys.stderr, flush=True)
         for timed in kept:
-            go_on(timed)
+            time_round(timed)
     for result in found:
         print(report.case_table(result) + "\n", flush=True)
     return {"results": found}

@@ -1,7 +1,7 @@
 """Reports built from the measurements: tables, plots, comparisons, README's section.
 
-A results file is one JSON object. `machine` says where and of what; every other key is what one
-command of `python -m benchmarks` found, and may be missing.
+A results file is one JSON object. `machine` describes the machine and the versions; every other key
+holds the results of one command of `python -m benchmarks`, and may be missing.
 """
 
 import json
@@ -20,9 +20,9 @@ def read(file: Path) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text())
     except (OSError, json.JSONDecodeError) as error:
-        raise SystemExit(f"{file} is no results file ({error}): write one with --json") from None
+        raise SystemExit(f"{file} is not a results file ({error}): write one with --json") from None
     if not isinstance(found, dict) or "machine" not in found:
-        raise SystemExit(f"{file} is no results file: it has no 'machine'; write one with --json")
+        raise SystemExit(f"{file} is not a results file (no 'machine'): write one with --json")
     return found
 
 
@@ -53,7 +53,7 @@ def markdown(found: dict[str, Any]) -> str:
         parts.append("## Parts\n\n" + grid(("part", "state", "seconds", "last words"), rows))
     if "ceilings" in found:
         rows = [(name.replace("_", " "), number(v)) for name, v in found["ceilings"].items()]
-        parts.append("## Ceilings\n\n" + grid(("what", "measured"), rows))
+        parts.append("## Ceilings\n\n" + grid(("rate", "measured"), rows))
     if "results" in found:
         parts.append("## Kernels\n\n" + "\n\n".join(map(case_table, found["results"])))
     for name, title in SECTIONS.items():
@@ -115,9 +115,9 @@ def timed(found: dict[str, Any]) -> dict[tuple[str, str, float, str], dict[str, 
 
 
 def against(new: dict[str, Any], old: dict[str, Any]) -> tuple[str, bool]:
-    """The comparison in words, and whether a case became slower than the spread of both explains.
+    """Compare two files: the text, and whether a case became slower beyond the spread of both.
 
-    It did where nine tenths of its new times are above nine tenths of its old ones.
+    It did if nine tenths of its new times are above nine tenths of its old ones.
     """
     before, after = timed(old), timed(new)
     verdicts: dict[str, list[str]] = {"slower": [], "faster": []}
@@ -153,7 +153,7 @@ def against(new: dict[str, Any], old: dict[str, Any]) -> tuple[str, bool]:
 
 
 def plots(found: dict[str, Any], folder: Path) -> list[Path]:
-    """Time and memory against P, error against T, as PNG and SVG, of what the results hold."""
+    """Plot time and memory against P and error against T, as PNG and SVG."""
     import matplotlib  # only plots need it
 
     matplotlib.use("Agg")
@@ -184,7 +184,7 @@ def plots(found: dict[str, Any], folder: Path) -> list[Path]:
 
 
 def _lines(axis: Any, results: Rows, x: str, y: Any) -> None:
-    """A line for each case over what `x` names, P or T, at each value of the other."""
+    """Draw a line for each case over `x`, which is P or T, at each value of the other."""
     series: dict[tuple[str, float], list[tuple[float, float]]] = {}
     for result in results:
         P, T = result["dimensions"]["P"], result["temperature"]
@@ -238,7 +238,7 @@ PLOTS = {"time": _time, "memory": _memory, "error": _error}
 
 
 def newest(folder: Path = RESULTS) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-    """The newest results of a GPU and of a CPU that hold times of kernels."""
+    """The newest results with times of kernels, of a GPU and of a CPU."""
     files = [read(file) for file in sorted(folder.glob("*.json"))]
     files = sorted((f for f in files if f.get("results")), key=lambda f: f["machine"]["date"])
     on_gpu = [f for f in files if f["machine"].get("cuda")]
@@ -257,8 +257,8 @@ def figures(gpu: dict[str, Any] | None, cpu: dict[str, Any] | None) -> str:
         unit = "" if about.get("cuda") else count
         parts.append(
             f"{about['device']}{unit}, torch {about['torch']}, commit {about['commit']}: medians "
-            "of a forward and backward in float32 (p10 to p90), and how many times that the "
-            "others take. Beside the sampler the others are forward only."
+            "of a forward and backward in float32 (p10 to p90), the other methods as multiples of "
+            "it. The sampler's baselines run the forward pass only."
         )
         names = {"batched eager": "batched eager", "torch.compile": "torch.compile",
                  "per-image loop": "per-image loop", "torch.randn": "`torch.randn`"}  # fmt: skip
@@ -286,7 +286,7 @@ def figures(gpu: dict[str, Any] | None, cpu: dict[str, Any] | None) -> str:
 
 
 def readme(file: Path = README, folder: Path = RESULTS, check: bool = False) -> int:
-    """Write the section between the two markers; with `check` only say whether it is up to date."""
+    """Write the section between the two markers; with `check`, only report whether it is stale."""
     text = file.read_text()
     if text.count(BEGIN) != 1 or text.count(END) != 1:
         raise SystemExit(f"{file} must have one line {BEGIN} and after it one line {END}")

@@ -1,6 +1,6 @@
-"""Other ways to draw [n, B, D] von Mises-Fisher samples, to time the library's against.
+"""Other ways to draw [n, B, D] von Mises-Fisher samples, as baselines of the library's sampler.
 
-All draw from the exact law, which `moment_error` checks before they are timed, and differ in how.
+All draw from the exact law, which `moment_error` checks before they are timed.
 """
 
 import scipy.stats
@@ -24,8 +24,8 @@ def scipy_loop(loc: Tensor, concentration: Tensor, n: int) -> Tensor:
 
 
 def vectorised(loc: Tensor, concentration: Tensor, n: int) -> Tensor:
-    """What one writes in plain PyTorch: Wood's rejection on the whole batch until nothing is left,
-    a Householder reflection of the pole onto loc, gradients by autograd through both."""
+    """Plain PyTorch: Wood's rejection on the whole batch until nothing is left, and a Householder
+    reflection of the pole onto loc."""
     w = _wood(concentration.expand(n, -1), loc.shape[-1])
     tangent = torch.randn(n, *loc.shape, device=loc.device, dtype=loc.dtype)[..., 1:]
     tangent = torch.nn.functional.normalize(tangent, dim=-1)
@@ -74,7 +74,7 @@ SAMPLERS = {
 
 
 def moment_error(samples: Tensor, loc: Tensor, concentration: Tensor) -> float:
-    """By how many standard errors the mean cosine of all samples misses the law's."""
+    """Error of the mean cosine of all samples, in standard errors of the law."""
     w = (samples.double() * loc.double()).sum(-1)
     law = VonMisesFisher(loc.double(), concentration.double(), validate_args=False)
     mean = (law.mean * loc.double()).sum(-1)

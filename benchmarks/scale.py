@@ -1,4 +1,4 @@
-"""How cost grows: exponents in B, N, P and D, and a model of classes spread over processes."""
+"""Growth of cost: exponents in B, N, P and D, and a model of classes spread over processes."""
 
 import argparse
 import math
@@ -32,8 +32,8 @@ LIMIT = 1.05  # an exponent above it needs a sentence in EXPLAINED
 MEASURED = {"time": "median_ms", "memory": "memory_mb"}
 # The backward is some 30% slower without the scores: measured with workspace=1 << 20 and 64 << 20.
 SCORES = (
-    "few scores, B N P of them, are kept for the backward and stay in the caches; more come from "
-    "memory, and those that the workspace does not hold are computed again"
+    "the B N P scores kept for the backward stay in the caches while they are few; later they come "
+    "from memory, and those that do not fit the workspace are recomputed"
 )
 EXPLAINED = {("time", "B"): SCORES, ("time", "N"): SCORES, ("time", "P"): SCORES}
 
@@ -50,7 +50,7 @@ def explained(quantity: str, letter: str, value: float) -> str:
 
 
 def growth(args: argparse.Namespace) -> dict[str, Any]:
-    """Exponents of time and memory of a `proxy_nca` step in each of B, N, P and D."""
+    """Fit exponents of time and memory of a `proxy_nca` step in each of B, N, P and D."""
     base = BASE._replace(P=20_000) if args.device == "cuda" else BASE
     fits = []
     for letter, values in AXES.items():
@@ -88,9 +88,9 @@ def growth(args: argparse.Namespace) -> dict[str, Any]:
     ]
     shape = ", ".join(f"{k} {v:,}" for k, v in base._asdict().items())
     text = (
-        f"`proxy_nca`, forward and backward, T = 1, around {shape}; one of them at a time. Time in "
-        "ms, peak memory above the inputs (gradients are in it) in MB. An exponent above "
-        f"{LIMIT} is explained beside it.\n\n"
+        f"`proxy_nca`, forward and backward, T = 1, around {shape}; one varies at a time. Time in "
+        "ms, peak memory above the inputs (gradients included) in MB. An exponent above "
+        f"{LIMIT} is explained in its row.\n\n"
         + grid(("of", "what", "exponent", "sizes", "values", "why above 1.05"), rows)
     )
     return {"base": base._asdict(), "fits": fits, "markdown": text}
@@ -102,13 +102,13 @@ WORLDS = (1, 2)
 B, N, D = 128, 5, 64  # of the measured steps
 PROXIES = (4000, 16_000, 64_000)
 QUICK_PROXIES = (2000, 8000)
-MESSAGES = (1 << 12, 1 << 16, 1 << 20, 1 << 22)  # floats of an all_gather, alone
+MESSAGES = (1 << 12, 1 << 16, 1 << 20, 1 << 22)  # floats of an all_gather without a step
 TABLE_P = (10**4, 10**5, 10**6, 10**7, 10**8)
 TABLE_W = (1, 8, 64, 1024)
 COPIES = 4  # of the slice: parameters, gradients, Adam's two moments
 TENSORS = 2  # proxies and their concentrations, each [P, D]
 COLLECTIVES = 7  # of a step
-WORKSPACE = 256 << 20  # bytes that the kernels take at most on a GPU, besides
+WORKSPACE = 256 << 20  # bytes of scratch that the kernels take at most on a GPU
 HARDWARE = {  # flag: (default, unit, meaning)
     "flops": (50e12, "flop/s", "of the loss's arithmetic, in float32"),
     "memory-bandwidth": (3e12, "byte/s", "of a GPU's memory, for the optimiser"),
@@ -121,14 +121,14 @@ HARDWARE = {  # flag: (default, unit, meaning)
 
 def add_hardware(parser: argparse.ArgumentParser) -> None:
     for flag, (default, unit, meaning) in HARDWARE.items():
-        told = f"{meaning}, in {unit}; assumed {default:g}"
-        parser.add_argument(f"--{flag}", type=float, default=default, metavar="X", help=told)
+        text = f"{meaning}, in {unit}; {default:g} by default"
+        parser.add_argument(f"--{flag}", type=float, default=default, metavar="X", help=text)
     parser.add_argument("--global-batch", type=int, default=1024, help="B of the table")
     parser.add_argument("--dimension", type=int, default=512, help="D of the table")
 
 
 def class_parallel(args: argparse.Namespace) -> dict[str, Any]:
-    """Steps with classes over 1 and 2 processes, a cost model fitted to them, and what it says."""
+    """Time steps with classes over 1 and 2 processes; fit a cost model, and extrapolate it."""
     worlds = WORLDS
     if args.device == "cuda":
         worlds = tuple(W for W in WORLDS if torch.cuda.device_count() >= W)
@@ -149,7 +149,7 @@ def class_parallel(args: argparse.Namespace) -> dict[str, Any]:
     model = fit(points)
     hardware = {flag: getattr(args, flag.replace("-", "_")) for flag in HARDWARE}
     table = predict(args.global_batch, args.dimension, hardware)
-    text = _told(points, model, hardware, table, args)
+    text = _markdown(points, model, hardware, table, args)
     return {"points": points, "model": model, "hardware": hardware, "table": table,
             "markdown": text}  # fmt: skip
 
@@ -157,7 +157,7 @@ def class_parallel(args: argparse.Namespace) -> dict[str, Any]:
 def _worker(
     rank: int, W: int, device: str, proxies: Sequence[int], seconds: float, folder: str
 ) -> None:
-    """Steps with ever more classes, and collectives alone; the first process keeps the figures."""
+    """Time steps with more and more classes, and collectives alone; rank 0 keeps the figures."""
     torch.set_num_threads(1)
     place = device
     if device == "cuda":
@@ -181,7 +181,7 @@ def _worker(
 
         step()
         loss.group.sent = 0
-        # Not with torch.profiler: it holds the group, whose threads then outlive the interpreter.
+        # torch.profiler would hold the group, whose threads then outlive the interpreter.
         with mock.patch.object(loss.group, "_call", wraps=loss.group._call) as collectives:
             step()
         sent, messages = loss.group.sent, collectives.call_count
@@ -202,7 +202,7 @@ def _worker(
 
 
 def _together(step: Any, device: str, W: int, seconds: float) -> dict[str, float]:
-    """Times of a step that all processes do equally often."""
+    """Time a step that all processes run equally often."""
     for _ in range(2):
         step()
     start = time.perf_counter()
@@ -219,9 +219,9 @@ def _together(step: Any, device: str, W: int, seconds: float) -> dict[str, float
 
 
 def fit(points: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """time = a + b P/W + bytes / bandwidth + latency messages, to the relative error of all points.
+    """Fit time = a + b P/W + bytes / bandwidth + latency messages to the relative errors.
 
-    Points without classes are collectives alone, to which a does not belong.
+    Points without classes are collectives alone, without the constant a.
     """
     rows = np.array(
         [[p["P"] > 0, p["P"] / p["W"], p["bytes"], p["messages"]] for p in points], dtype=float
@@ -240,19 +240,19 @@ def fit(points: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 
 def bytes_per_step(W: int, batch: int, dimension: int) -> float:
-    """What a process sends: directions, norms, labels, log sums, and the gradients that return.
+    """Bytes that a process sends: directions, norms, labels, log sums, and returned gradients.
 
-    As nivmf_fast/distributed/__init__.py lists it, for counts that are equal in all processes.
+    They are those listed in nivmf_fast/distributed/__init__.py, for equal counts in all processes.
     """
     width = math.ceil(batch / W)
-    gathered = width * (4 * (dimension + 1) + 8) + 4 * 8  # and what all agree on before
+    gathered = width * (4 * (dimension + 1) + 8) + 4 * 8  # and the handshake
     combined = 2 * width * 4 * 8  # four numbers of each image there, and four back, in float64
     scattered = width * 4 * (dimension + 1)
     return (gathered + combined + scattered) * (W - 1) + 2 * 4 * (W - 1) / W
 
 
 def predict(batch: int, dimension: int, hardware: dict[str, float]) -> list[dict[str, float]]:
-    """Time, memory and bytes of a step, and of its optimiser, for every P and W of the table."""
+    """Predict time, memory and bytes of a step and its optimiser, for the table's P and W."""
     rows = []
     for P in TABLE_P:
         for W in TABLE_W:
@@ -275,7 +275,7 @@ def predict(batch: int, dimension: int, hardware: dict[str, float]) -> list[dict
     return rows
 
 
-def _told(
+def _markdown(
     points: Sequence[dict[str, Any]],
     model: dict[str, float],
     hardware: dict[str, float],
@@ -306,14 +306,14 @@ def _told(
         ],
     )  # fmt: skip
     return (
-        f"Measured, B {B}, N {N}, D {D}, one thread a process, forward and backward; the model "
+        f"Measured, B {B}, N {N}, D {D}, one thread per process, forward and backward; the model "
         f"time = a + b P/W + bytes / bandwidth + latency x messages has a = "
         f"{1e3 * model['a_s']:.3g} ms, b = {1e6 * model['b_s_per_class']:.3g} µs, 1 / bandwidth "
         f"= {1e9 * model['s_per_byte']:.3g} s/GB, latency = {1e6 * model['latency_s']:.3g} µs, and "
         f"errs by at most {100 * model['worst_error']:.0f}% on these points. Collectives alone "
-        f"are in the fit too.\n\n{measured}\n\n"
-        f"What to expect elsewhere is arithmetic with that form, not a measurement: {assumed}; "
+        f"are fitted too.\n\n{measured}\n\n"
+        f"The following table is computed from that model, not measured: {assumed}; "
         f"--global-batch {args.global_batch}, --dimension {args.dimension}, N {N}, T = 1, Adam's "
-        "step included, and every collective a ring of W - 1 messages, the slowest way to do "
-        f"one.\n\n{predicted}"
+        "step included, and every collective a ring of W - 1 messages, the slowest "
+        f"algorithm.\n\n{predicted}"
     )

@@ -1,4 +1,4 @@
-"""How it is timed: whole steps, interleaved, with their memory, errors and repeatability."""
+"""Time whole steps, interleaved; measure their memory, errors and repeatability."""
 
 import collections
 import contextlib
@@ -22,9 +22,9 @@ import nivmf_fast
 Results = dict[str, Tensor]
 LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch")
 SYNCS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
-# glibc gives blocks above the threshold back to the system when they are freed. Low, so that the
-# resident set is what is in use; then as high as it would itself have moved it, so that a timed
-# step does not fetch its memory anew.
+# glibc returns freed blocks above the threshold to the system. It is set low, so that the resident
+# set is the memory in use, and afterwards as high as glibc itself would have moved it, so that a
+# timed step does not fetch its memory anew.
 MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1
 
 
@@ -44,13 +44,13 @@ def _once(step: Callable[[], Results], device: str, flush: Tensor | None) -> flo
     return begin.elapsed_time(end) / 1e3
 
 
-def turns(
+def interleave(
     steps: dict[str, Callable[[], Results]], device: str, seconds: float, least: int
 ) -> dict[str, list[float]]:
-    """All times in ms of each step; they take turns, so that all meet the same machine.
+    """Return all times of each step in ms; the steps take turns, so that load affects all alike.
 
-    A turn of a step is once or an eighth of `seconds`, and there are as many as fit into `seconds`
-    times the number of steps, but not fewer than `least`.
+    In a turn a step runs once, or for an eighth of `seconds`. There are as many turns as fit into
+    `seconds` times the number of steps, but at least `least`.
     """
     flush = torch.empty(1 << 28, dtype=torch.uint8, device=device) if device == "cuda" else None
     for step in steps.values():
@@ -70,11 +70,11 @@ def turns(
 def measure(
     steps: dict[str, Callable[[], Results]], device: str, seconds: float
 ) -> dict[str, dict[str, float]]:
-    """Median, p10 and p90 in ms of each step, of three turns or more."""
-    return {k: summarised(ms) for k, ms in turns(steps, device, seconds, least=3).items()}
+    """Median, p10 and p90 in ms of each step, over at least three turns."""
+    return {k: summarise(ms) for k, ms in interleave(steps, device, seconds, least=3).items()}
 
 
-def summarised(ms: list[float]) -> dict[str, float]:
+def summarise(ms: list[float]) -> dict[str, float]:
     deciles = statistics.quantiles(ms, n=10, method="inclusive")
     return {
         "median_ms": statistics.median(ms),
@@ -86,7 +86,7 @@ def summarised(ms: list[float]) -> dict[str, float]:
 
 
 def peak_memory(step: Callable[[], Results], device: str) -> float | None:
-    """MB above what was held before, results included; on CPUs the resident set, Linux only."""
+    """Peak MB above what was held before, results included; on CPUs the resident set, on Linux."""
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -135,7 +135,7 @@ def counts(step: Callable[[], Results], device: str) -> dict[str, int | None]:
     """Kernel launches and host synchronisations of a step; on CPUs there are none to count."""
     if device != "cuda":
         return {"launches": None, "host_syncs": None}
-    # one step more: what the profiler itself adds at its end is in both
+    # the difference of two runs, since each has what the profiler itself adds at its end
     one, two = (collections.Counter(events(step, device, times)) for times in (1, 2))
     more = {name: two[name] - one[name] for name in two}
     return {
@@ -145,12 +145,12 @@ def counts(step: Callable[[], Results], device: str) -> dict[str, int | None]:
 
 
 def events(step: Callable[[], Results], device: str, times: int = 1) -> list[str]:
-    """Names of all that torch.profiler sees of some steps after a first: ops, calls, kernels."""
+    """Names of the ops, calls and kernels that torch.profiler sees in `times` steps."""
     return [event.name for event in profiled(step, device, times).events() or ()]
 
 
 def profiled(step: Callable[[], Any], device: str, times: int = 1) -> torch.profiler.profile:
-    """The profile of some steps, after a first that is not in it."""
+    """Profile `times` steps, after one that is not profiled."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -164,7 +164,7 @@ def profiled(step: Callable[[], Any], device: str, times: int = 1) -> torch.prof
 
 
 class Stages:
-    """Time of the named parts of a loop, in ms; on CUDA by events, read when the loop is over."""
+    """Times of the named parts of a loop, in ms; on CUDA by events, read after the loop."""
 
     def __init__(self, device: str) -> None:
         self.device = device
@@ -189,11 +189,11 @@ class Stages:
         else:
             torch.cuda.synchronize()
             spans = {k: [b.elapsed_time(e) for b, e in v] for k, v in self._marks.items()}
-        return {name: summarised(ms) for name, ms in spans.items()}
+        return {name: summarise(ms) for name, ms in spans.items()}
 
 
 def ceilings(device: str, seconds: float = 0.5) -> dict[str, float]:
-    """The machine at its best: copies in GB/s, read and written, and products in GFLOP/s."""
+    """Peak rates of the machine: copies in GB/s, read and written, and products in GFLOP/s."""
     n, size = (8192, 1 << 30) if device == "cuda" else (1024, 1 << 28)
     source = torch.randint(256, (size,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
@@ -216,7 +216,7 @@ def ceilings(device: str, seconds: float = 0.5) -> dict[str, float]:
 
 
 def machine(device: str) -> dict[str, Any]:
-    """Where, when and of what the figures are."""
+    """The machine, the versions, the commit and the date of the figures."""
     root = Path(__file__).parents[1]
     git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
     try:
@@ -231,7 +231,7 @@ def machine(device: str) -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if device == "cuda" else cpu,
         "cpu": cpu,
         "threads": torch.get_num_threads(),
-        "load": round(os.getloadavg()[0], 1),  # of others, in processes: best none
+        "load": round(os.getloadavg()[0], 1),  # of other processes: best 0
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda if device == "cuda" else None,

@@ -14,31 +14,31 @@ from benchmarks import timing
 from benchmarks.cases import CASES, SHAPES, Problem, Step
 from benchmarks.report import grid, number
 
-SHOWN = 12  # ops or kernels of a step
-EPOCH_STEPS = 40  # of the glyph run, that are timed
+SHOWN = 12  # ops or kernels listed
+EPOCH_STEPS = 40  # of the glyph run that are timed
 STAGES = ("data", "network", "sampler", "loss", "optimiser", "evaluation")
 SAMPLER = {"nivmf_fast::vmf_rsample", "nivmf_fast::vmf_rsample_backward"}
 IMAGE_CLASSES = (100, 11_318)  # CUB200's and Stanford Online Products'
 
 
 def small_step(device: str) -> Step:
-    """Forward and backward of `proxy_nca` at CUB's size, by the backend that comes first."""
+    """Forward and backward of `proxy_nca` at CUB's size, on the preferred backend."""
     return next(CASES["proxy_nca"](Problem("proxy_nca", SHAPES["cub-128"], 1.0, device)))[1]()
 
 
 def kernels_of(profile: torch.profiler.profile) -> collections.Counter[str]:
-    """How often each kernel ran on the GPU."""
+    """Count the runs of each kernel on the GPU."""
     on_gpu = torch.autograd.DeviceType.CUDA
     return collections.Counter(e.name for e in profile.events() if e.device_type == on_gpu)
 
 
 def own_launches(profile: torch.profiler.profile) -> int:
-    """How many of the kernels that ran are the loss's: those of namespace nivmf::ppk."""
+    """Count the launches of the loss's own kernels, those of namespace nivmf::ppk."""
     return sum(n for name, n in kernels_of(profile).items() if "ppk" in name)
 
 
 def step(args: argparse.Namespace) -> dict[str, Any]:
-    """The loss step at P = 100 under torch.profiler: what is launched, and what it takes."""
+    """Profile the loss step at P = 100: launches and ops, with their times."""
     do = small_step(args.device)
     profile = timing.profiled(do, args.device)
     cuda = args.device == "cuda"
@@ -71,12 +71,12 @@ def step(args: argparse.Namespace) -> dict[str, Any]:
 
 def add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", default="glyphs", choices=("glyphs", "glyphs-tiny"))
-    parser.add_argument("--data-root", type=Path, help="where the glyphs are, or will be, rendered")
+    parser.add_argument("--data-root", type=Path, help="of the glyphs, rendered on first use")
 
 
 def train(args: argparse.Namespace) -> dict[str, Any]:
-    """An epoch of the glyph run and its evaluation, with the run's own pieces, stage by stage."""
-    # pillow, timm, scikit-learn: for these two commands only
+    """Time an epoch of the glyph run and its evaluation, with the run's own code, by stages."""
+    # imported here: pillow, timm and scikit-learn are needed by this command alone
     from train.backbone import backbone_input
     from train.data import ClassBalancedBatches, load, train_batches
     from train.distributed import Ranks
@@ -99,13 +99,13 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(0)
     sets = load(config.data, *backbone_input(config.model))
     images = sets["train"]
-    some = calibration_images(images)
-    model = build_model(config.model, channel_statistics(images, some), images.size)
+    sample = calibration_images(images)
+    model = build_model(config.model, channel_statistics(images, sample), images.size)
     loss = build_loss(config.loss, len(images.classes), config.model.embed_dim)
     data = config.data
     batches = ClassBalancedBatches(images.labels, data.batch_size, data.samples_per_class, 0)
     optimiser, schedule = build_optimiser(config.optim, model, loss, len(batches), config.epochs)
-    model.calibrate(some, config.model.init_norm)
+    model.calibrate(sample, config.model.init_norm)
     features, kept = embed(model, images, config, ranks)
     loss.warmstart(features, images.labels[kept])
 
@@ -129,7 +129,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
             schedule.step()
             optimiser.zero_grad()
     if not torch.isfinite(value):
-        raise SystemExit(f"the loss is {value}: these are no times of a run that works")
+        raise SystemExit(f"the loss is {value}: this run diverged, so its times mean nothing")
     share = sampler_share(loss, leaf.detach(), batch.labels)
     evaluations = 2 if args.quick else 3
     for _ in range(evaluations):
@@ -143,7 +143,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
 def loss_step(
     stages: timing.Stages, loss: nn.Module, embeddings: Tensor, labels: Tensor, seed: int
 ) -> tuple[Tensor, Tensor]:
-    """The loss's forward and backward, cut off from the network's: a leaf with its gradient."""
+    """Run the loss's forward and backward apart from the network's; return a leaf with gradient."""
     with stages("loss"):
         leaf = embeddings.detach().float().requires_grad_()
         value = loss(leaf, labels, seed=seed)
@@ -187,9 +187,9 @@ def _split(
     ]  # fmt: skip
     text = (
         f"`{preset}`, {epochs} epochs of {steps} steps, each with an evaluation; rendering, "
-        "loading and the report are not in it. ms of a step (of an evaluation), and seconds and "
-        "share of the run. Network and loss are forward and backward; the sampler is the share "
-        "that torch.profiler sees of the loss.\n\n"
+        "loading and the report are left out. ms of a step (of an evaluation), and seconds and "
+        "share of the run. Network and loss are forward and backward; the sampler is its share "
+        "of the loss in torch.profiler.\n\n"
         + grid(("stage", "median ms", "p10", "p90", "s of the run", "share"), rows)
     )
     stages = {name: {**ms[name], "run_s": run[name], "share": run[name] / whole} for name in STAGES}
@@ -207,7 +207,7 @@ def add_images(parser: argparse.ArgumentParser) -> None:
 
 
 def resnet(args: argparse.Namespace) -> dict[str, Any]:
-    """Training steps on random images: the share of sampler and loss, D = 512, N = 5, T = 1."""
+    """Time training steps on random images: the share of sampler and loss, D 512, N 5, T 1."""
     import timm
 
     rows = []
@@ -246,7 +246,7 @@ def resnet(args: argparse.Namespace) -> dict[str, Any]:
     )  # fmt: skip
     text = (
         f"{args.backbone}, {args.batch_size} random images of {args.pixels} pixels, Adam; medians "
-        f"of {args.steps} steps. The loss is forward and backward, and Adam's part of its proxies "
-        f"is not in it.\n\n{table}"
+        f"of {args.steps} steps. The loss is forward and backward, without Adam's update of "
+        f"its proxies.\n\n{table}"
     )
     return {"rows": rows, "markdown": text}

@@ -1,4 +1,4 @@
-"""What the benchmarks make of their figures; how long anything takes is not tested."""
+"""The benchmarks: checks, reports, cost model and driver; durations are not tested."""
 
 import argparse
 import contextlib
@@ -371,8 +371,8 @@ def test_a_part_that_fails_or_takes_too_long_leaves_the_others(
         (part("bad", "raise SystemExit('it broke')"), 4.0),
         (part("slow", slow), 1.0),  # and what is left of the 4
         (part("absent", "", program="no-such-program"), 1.0),
-        (part("first", gives, gives=True), 4.0),
-        (part("cut", gives + hangs, gives=True), 2.0),
+        (part("first", gives, writes_json=True), 4.0),
+        (part("cut", gives + hangs, writes_json=True), 2.0),
     ]
     gpu.run_parts(planned, 100, found, [file, second])
     assert {p["name"]: p["state"] for p in found["parts"]} == {
@@ -406,7 +406,7 @@ def test_the_parts_fit_into_their_minutes_and_name_what_exists() -> None:
     named = [word for p in planned for word in p.command if word.startswith("tests/")]
     assert named and all((ROOT / name).is_file() for name in named)
     for p in planned:
-        if p.gives:
+        if p.writes_json:
             arguments = list(p.command[2:])
             name = arguments.pop(0) if arguments[0] in command.COMMANDS else "kernels"
             command.parser(name).parse_args([*arguments, "--json", "file"])

@@ -3,10 +3,10 @@
 python -m train --preset cub200-r50-128 --data-root DIR        the paper's run
 python -m train --preset glyphs --seeds 0 1 2 3 4              mean and deviation
 torchrun --nproc-per-node=4 -m train --preset sop-r50-512 ...  several GPUs
-python -m train --out RUN --resume                             go on after a crash
+python -m train --out RUN --resume                             continue after a crash
 python -m train evaluate --checkpoint RUN/checkpoint_best.pt   evaluate again, export
 python -m train compare RUN RUN ...                            table and plot
-python -m train sweep glyphs-distances                         the losses against each other
+python -m train sweep glyphs-distances                         compare the losses
 python -m train --from-released "python main.py ..."           the equivalent command here
 """
 
@@ -17,11 +17,11 @@ from pathlib import Path
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The exit code; what ends a run and is no defect of the program is one line on stderr."""
+    """Run a command and return its exit code; print an expected failure as one line on stderr."""
     folder: Path | None = None
     line, code = "interrupted", 130
     try:
-        # Imported here: Ctrl-C in the seconds that torch takes to load is no stack trace either.
+        # Imported here, so that Ctrl-C while torch loads prints one line, too.
         from train.cli import COMMANDS, parse, parse_command
         from train.config import RunError
         from train.presets import PRESETS
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         except RunError as error:
             line, code, folder = f"error: {error}", 1, None
-        except BrokenPipeError:  # the reader of our output has gone
+        except BrokenPipeError:  # whoever read our output has ended
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
         except OSError as error:
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         pass
     if folder and (folder / "checkpoint_last.pt").exists():
-        line += f" (the last checkpoint is whole: --resume --out {folder} continues)"
+        line += f" (the last checkpoint is complete: --resume --out {folder} continues)"
     print(" ".join(line.split()), file=sys.stderr)
     return code
 

@@ -17,14 +17,17 @@ from torch import Tensor, nn
 from train.bninception import BNInception
 from train.config import ModelConfig, RunError, nearest
 
-# timm and torchvision.models are imported where they are needed: that takes seconds.
+# timm and torchvision.models take seconds to import, so they are imported where needed.
 
-OWN = ("conv", "bninception", "googlenet")
-# Mean and standard deviation of the channels that weights were trained with.
+BUILT_IN = ("conv", "bninception", "googlenet")
+# Mean and standard deviation of the channels, as the weights were trained with them.
 MeanStd = tuple[tuple[float, ...], tuple[float, ...]]
 IMAGENET: MeanStd = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-CAFFE: MeanStd = ((0.502, 0.4588, 0.4078), (0.0039, 0.0039, 0.0039))  # red first, as in the images
-# Of GoogLeNet's weights: torchvision's transform_input makes it of images normalised by IMAGENET.
+CAFFE: MeanStd = (
+    (0.502, 0.4588, 0.4078),
+    (0.0039, 0.0039, 0.0039),
+)  # red first, as in the images
+# GoogLeNet's: torchvision's transform_input converts to it from images normalised by IMAGENET.
 TENSORFLOW: MeanStd = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 BN_INCEPTION_URL = "http://data.lip6.fr/cadene/pretrainedmodels/bn_inception-52deb4733.pth"
 CLASSIFIER = re.compile(
@@ -44,11 +47,11 @@ class Backbone:
     image_size: int | None  # None: any
     mean: Tensor  # of the channels, images in [0, 1]
     std: Tensor
-    bgr: bool = False  # after normalising, the channels are turned round
+    bgr: bool = False  # whether to reverse the channels after normalising
 
 
 class GlobalPool(nn.Module):
-    """The mean over a map [n, F, h, w] as [n, F, 1, 1], for avg+max plus its maximum."""
+    """Mean over a map [n, F, h, w], as [n, F, 1, 1]; for avg+max, plus its maximum."""
 
     def __init__(self, pooling: str) -> None:
         super().__init__()
@@ -60,7 +63,7 @@ class GlobalPool(nn.Module):
 
 
 def build_backbone(config: ModelConfig, image_size: int | None = None) -> Backbone:
-    """The backbone of that name with the weights it starts from, for images of that size."""
+    """Build the configured backbone with its initial weights, for images of that size."""
     name = config.backbone
     channels, own_size = backbone_input(config)
     size = image_size or own_size or (28 if name == "conv" else 224)
@@ -72,10 +75,10 @@ def build_backbone(config: ModelConfig, image_size: int | None = None) -> Backbo
     elif name == "googlenet":
         module, mean_std = _googlenet(config), TENSORFLOW
     elif ":" in name:
-        module = _own(config)
+        module = _custom(config)
     else:
         module, mean_std = _timm(config, size)
-    features = _features(module, config, channels, size)
+    features = _count_features(module, config, channels, size)
     mean, std = (torch.tensor(values) for values in mean_std)
     return Backbone(module, features, channels, own_size, mean, std, bgr=name == "bninception")
 
@@ -83,7 +86,7 @@ def build_backbone(config: ModelConfig, image_size: int | None = None) -> Backbo
 def backbone_input(config: ModelConfig) -> tuple[int, int | None]:
     """The channels of the images that a backbone takes, and its image size if it has its own."""
     name = config.backbone
-    if name in OWN:
+    if name in BUILT_IN:
         return (1 if name == "conv" else 3), (227 if name == "googlenet" else None)
     if ":" in name:
         return 3, None
@@ -91,8 +94,8 @@ def backbone_input(config: ModelConfig) -> tuple[int, int | None]:
     return cfg.input_size[0], cfg.input_size[-1] if cfg.fixed_input_size else None
 
 
-def _features(module: nn.Module, config: ModelConfig, channels: int, size: int) -> int:
-    """How many features come out, found by trying: that also shows whether the size will do."""
+def _count_features(module: nn.Module, config: ModelConfig, channels: int, size: int) -> int:
+    """Count the output features by a trial run, which also shows whether the size is accepted."""
     try:
         with torch.no_grad():
             features = module.eval()(torch.zeros(1, channels, size, size))
@@ -141,7 +144,7 @@ def _googlenet(config: ModelConfig) -> nn.Module:
     return _started(net, config, lambda: _download(url))
 
 
-def _own(config: ModelConfig) -> nn.Module:
+def _custom(config: ModelConfig) -> nn.Module:
     """Call the user's factory."""
     place, _, name = config.backbone.partition(":")
     try:
@@ -157,14 +160,14 @@ def _own(config: ModelConfig) -> nn.Module:
 
 
 def _timm_cfg(name: str) -> Any:
-    """What timm knows of a model's weights and of the images that they were trained on."""
+    """timm's description of a model's weights and of the images that they were trained on."""
     import timm
 
     if not timm.is_model(name):
-        hint = nearest(name, [*OWN, *timm.list_models()])
+        hint = nearest(name, [*BUILT_IN, *timm.list_models()])
         raise RunError(
-            f"--backbone is {name!r}{hint}, but must be {', '.join(OWN)}, package.module:factory "
-            "or a name that timm.list_models() has"
+            f"--backbone is {name!r}{hint}, but must be {', '.join(BUILT_IN)}, "
+            "package.module:factory or a name that timm.list_models() has"
         )
     try:
         return timm.get_pretrained_cfg(name)
@@ -173,7 +176,7 @@ def _timm_cfg(name: str) -> Any:
 
 
 def _timm(config: ModelConfig, size: int) -> tuple[nn.Module, MeanStd]:
-    """Any model of timm without its classifier, and the mean and deviation it was trained with."""
+    """Build a timm model without its classifier; return it with its training mean and deviation."""
     import timm
     from timm.layers.adaptive_avgmax_pool import SelectAdaptivePool2d
 
@@ -190,7 +193,7 @@ def _timm(config: ModelConfig, size: int) -> tuple[nn.Module, MeanStd]:
         return timm.create_model(name, **options)
 
     try:
-        net = _fetched(config, create) if config.pretrained == "imagenet" else create()
+        net = _try_download(config, create) if config.pretrained == "imagenet" else create()
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
         if config.pooling == "avg+max":
             raise _no_map(config) from None
@@ -203,8 +206,8 @@ def _timm(config: ModelConfig, size: int) -> tuple[nn.Module, MeanStd]:
         for pool in pools:  # timm's avgmax is half the sum
             pool.add_module("pool", nn.Sequential(pool.pool, _Twice()))
     if config.pretrained not in ("none", "imagenet"):
-        # What timm itself does to weights that it fetches: names of other releases, position
-        # embeddings of another image size.
+        # timm's own conversion of weights: names of other releases, position embeddings of another
+        # image size.
         adapt = getattr(sys.modules[type(net).__module__], "checkpoint_filter_fn", None)
         net = _started(net, config, adapt=adapt)
     return net, (cfg.mean, cfg.std)
@@ -228,7 +231,7 @@ def _started(
     imagenet: Callable[[], Weights] | None = None,
     adapt: Callable[[Weights, nn.Module], Weights] | None = None,
 ) -> nn.Module:
-    """The module with the weights that --pretrained asks for."""
+    """Load the weights that --pretrained asks for into the module."""
     if config.pretrained == "none":
         return module
     if config.pretrained == "imagenet":
@@ -237,20 +240,20 @@ def _started(
                 f"--pretrained imagenet: there are no such weights of {config.backbone}; "
                 "give a file with --pretrained PATH, or use --pretrained none"
             )
-        weights, source = _fetched(config, imagenet), "imagenet"
+        weights, source = _try_download(config, imagenet), "imagenet"
     else:
         source = config.pretrained
         weights = _read(Path(source).expanduser())
     if adapt:
         try:
             weights = adapt(weights, module)
-        except Exception as error:  # of any kind, on names and shapes that it does not expect
+        except Exception as error:  # it may raise anything on unexpected names and shapes
             raise RunError(
                 f"--pretrained {source} does not fit {config.backbone} ({_reason(error)})"
             ) from None
     wanted = module.state_dict()
     weights = {
-        # BatchNorm's vectors are rows in some files that came from Caffe
+        # some files from Caffe hold BatchNorm's vectors as rows
         name: tensor[0] if name in wanted and tensor.shape == (1, *wanted[name].shape) else tensor
         for name, tensor in weights.items()
         if name in wanted or not CLASSIFIER.fullmatch(name)
@@ -278,7 +281,7 @@ def _some(names: list[str]) -> str:
 
 
 def _read(path: Path) -> Weights:
-    """A backbone's state dict from a file of one, or from a checkpoint of this project."""
+    """Read a backbone's state dict from a file, which may be a checkpoint of this project."""
     content: Any
     try:
         if path.suffix == ".safetensors":
@@ -298,7 +301,7 @@ def _read(path: Path) -> Weights:
             content = content[entry]
     if not isinstance(content, dict) or not any(isinstance(v, Tensor) for v in content.values()):
         raise RunError(f"--pretrained {path} holds no state dict, which has tensors by name")
-    weights = {  # without what DistributedDataParallel and torch.compile put before the names
+    weights = {  # without the prefixes of DistributedDataParallel and torch.compile
         re.sub(r"^((module|_orig_mod)\.)+", "", name): tensor
         for name, tensor in content.items()
         if isinstance(tensor, Tensor)
@@ -312,7 +315,7 @@ def _read(path: Path) -> Weights:
 
 
 def _download(url: str) -> Weights:
-    """A state dict from torch.hub's cache, or fetched into it."""
+    """Load a state dict from torch.hub's cache; download it first if it is missing."""
     if not (Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]).exists():
         _check_reachable(url)
     return torch.hub.load_state_dict_from_url(
@@ -321,7 +324,7 @@ def _download(url: str) -> Weights:
 
 
 def _timm_source(cfg: Any) -> dict[str, str]:
-    """What to tell timm about a model's weights: the file, if they were fetched before."""
+    """Where timm is to take a model's weights from: the cached file, if there is one."""
     import huggingface_hub as hub
 
     if cfg.hf_hub_id:
@@ -334,8 +337,8 @@ def _timm_source(cfg: Any) -> dict[str, str]:
     return {}
 
 
-def _fetched(config: ModelConfig, fetch: Callable[[], T]) -> T:
-    """What fetch brings, or one line that says what to do without it."""
+def _try_download(config: ModelConfig, fetch: Callable[[], T]) -> T:
+    """Call `fetch`; if it fails, raise a RunError that says how to do without."""
     try:
         return fetch()
     except (OSError, RuntimeError) as error:
@@ -346,7 +349,7 @@ def _fetched(config: ModelConfig, fetch: Callable[[], T]) -> T:
 
 
 def _check_reachable(url: str) -> None:
-    """Fail at once where there is no network: those who fetch try again for a minute."""
+    """Fail at once if there is no network; the downloaders would retry for a minute."""
     try:
         urlopen(Request(url, method="HEAD"), timeout=5).close()
     except HTTPError:

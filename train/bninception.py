@@ -24,8 +24,8 @@ MAX_POOLED = ("3c", "4e", "5b")
 class BNInception(nn.Module):
     """Images [n, 3, H, W], H and W multiples of 32, to a map [n, 1024, H / 32, W / 32].
 
-    All layers lie side by side, named as in the ImageNet weights that came from Caffe, so that
-    these load: inception_3a_1x1.weight, inception_3a_1x1_bn.running_mean, ...
+    All layers are direct children, named as in the ImageNet weights from Caffe, so that these
+    load: inception_3a_1x1.weight, inception_3a_1x1_bn.running_mean, ...
     """
 
     def __init__(self) -> None:

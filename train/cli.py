@@ -1,4 +1,4 @@
-"""The command line: `parse` fills in a configuration, or ends with one clear line."""
+"""Parse the command line into a configuration, or raise a RunError of one line."""
 
 import contextlib
 import dataclasses
@@ -33,7 +33,7 @@ T = TypeVar("T")
 def parse_command(
     name: str, arguments: Sequence[str]
 ) -> EvaluateConfig | CompareConfig | SweepConfig:
-    """The configuration of a command other than training."""
+    """Parse the arguments of a command other than training."""
     config, unknown = _cli(COMMANDS[name], arguments, None, prog=f"python -m train {name}")
     if unknown:
         raise RunError(f"unknown argument {unknown[0]}; `{name} --help` lists all")
@@ -50,7 +50,7 @@ class _Early:
 
 
 def parse(arguments: Sequence[str], presets: dict[str, Config]) -> Config:
-    """The preset's values, or with --resume those stored in the folder, overridden by the flags."""
+    """Start from the preset, or with --resume from the stored configuration; flags override it."""
     early, _ = _cli(_Early, arguments, _Early(), add_help=False)
     preset = early.preset or Config.preset
     if preset not in presets:
@@ -110,7 +110,7 @@ def _cli(
     except SystemExit as error:
         if not error.code:  # --help
             raise
-        # A title, the error, and after a rule the help: with or without a frame around.
+        # tyro prints a title, the error and, below a rule, a hint, with or without a frame.
         plain = re.sub(r"\x1b\[[0-9;]*m", "", messages.getvalue())
         rows = [row.strip(" │") for row in plain.splitlines()[1:]]
         blocks = itertools.groupby(rows, key=lambda row: bool(row.strip("╭╮╰╯─- ")))
@@ -120,10 +120,10 @@ def _cli(
 
 
 def _numbered_folder(preset: str, newest: bool) -> Path:
-    """The newest of runs/PRESET-001, ..., or else the next."""
+    """The newest folder of runs/PRESET-001, ..., or the next free one."""
     pattern = re.compile(re.escape(preset) + r"-(\d{3,})")
-    there = Path("runs").glob(f"{preset}-*")
-    numbers = [int(match[1]) for path in there if (match := pattern.fullmatch(path.name))]
+    folders = Path("runs").glob(f"{preset}-*")
+    numbers = [int(match[1]) for path in folders if (match := pattern.fullmatch(path.name))]
     number = max(numbers, default=0) + (0 if newest and numbers else 1)
     return Path("runs") / f"{preset}-{number:03d}"
 

@@ -21,7 +21,7 @@ from train.sweep import sweep
 
 
 def evaluate(config: EvaluateConfig) -> None:
-    """Repeat the evaluation of a checkpoint, and export what was embedded."""
+    """Evaluate a checkpoint again, and export the embeddings."""
     with processes(config.device) as ranks:
         checkpoint = read_checkpoint(config.checkpoint, ranks.device)
         try:
@@ -41,7 +41,7 @@ def evaluate(config: EvaluateConfig) -> None:
             data=dataclasses.replace(stored.data, **changed),
             clustering=config.clustering,
         )
-        with ranks.in_turn():
+        with ranks.main_first():
             sets = load(run.data, *backbone_input(run.model))
         if config.split not in sets:
             raise RunError(
@@ -49,8 +49,8 @@ def evaluate(config: EvaluateConfig) -> None:
                 f"choose one of {', '.join(sets)}"
             )
         state = checkpoint["model"]
-        network = dataclasses.replace(run.model, pretrained="none")
-        model = build_model(network, image_size=sets["train"].size).to(ranks.device)
+        model_config = dataclasses.replace(run.model, pretrained="none")
+        model = build_model(model_config, image_size=sets["train"].size).to(ranks.device)
         try:
             model.load_state_dict(state)
         except RuntimeError as error:
@@ -59,7 +59,7 @@ def evaluate(config: EvaluateConfig) -> None:
                 f"{config.checkpoint} does not fit its configuration: {reason}"
             ) from None
         features, images = embed_readable(model, sets[config.split], run, ranks)
-        if not ranks.first:
+        if not ranks.is_main:
             return
         row = {"epoch": checkpoint["epoch"], **metrics(run, features, images)}
         width = max(map(len, row))

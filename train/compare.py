@@ -1,4 +1,4 @@
-"""Several runs side by side: a table and a plot."""
+"""Compare runs in a table and a plot."""
 
 import csv
 import io
@@ -30,16 +30,16 @@ COLOURS = ("#2b6cb0", "#e08e2b", "#2a9d5c", "#d1495b", "#7b5ea7", "#5aa7a7", "#8
 
 @dataclass(frozen=True)
 class Group:
-    """The runs that differ in their seed only, or one run."""
+    """Runs that differ only in their seed, or a single run."""
 
     name: str
     labels: list[str]  # of the runs
     runs: list[Rows]
-    chosen: Rows  # of each run the row that counts
+    chosen: Rows  # the row that counts, of each run
 
     @classmethod
     def read(cls, folder: Path, row: str, metric: str = "c_recall@1") -> "Group":
-        """From the folder of one run, or of runs seed-0, seed-1, ..."""
+        """Read the folder of one run, or of runs seed-0, seed-1, ..."""
         seeds = [p for p in folder.glob("seed-*/metrics.csv") if p.parent.name[5:].isdigit()]
         paths = sorted(seeds, key=lambda p: int(p.parent.name[5:])) or [folder / "metrics.csv"]
         runs = [read_metrics(path) for path in paths]
@@ -62,7 +62,7 @@ class Group:
 
 
 def mean_and_deviation(values: list[float]) -> tuple[float, float | None]:
-    """The deviation is that of a sample (n - 1); one value has none."""
+    """Mean and sample deviation (n - 1), which is None for a single value."""
     if not values:
         return math.nan, None
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
@@ -121,7 +121,7 @@ def table_csv(names: Iterable[str], rows: Iterable[dict[str, object]]) -> str:
 
 
 def plot(groups: list[Group], metric: str) -> Figure:
-    """The course of a metric, and where it ends, with the deviation over the seeds."""
+    """Plot a metric by epoch, and its final value, with the deviation over the seeds."""
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     for i, group in enumerate(groups):
@@ -161,7 +161,7 @@ def plot(groups: list[Group], metric: str) -> Figure:
 
 
 def compare(config: CompareConfig) -> None:
-    """Write the table and the plot of some runs."""
+    """Write the table and the plot of the configured runs."""
     if not config.runs:
         raise RunError("compare needs at least one run folder: python -m train compare RUN RUN ...")
     groups = [Group.read(folder, config.row, config.metric) for folder in config.runs]
@@ -169,7 +169,7 @@ def compare(config: CompareConfig) -> None:
 
 
 def write(groups: list[Group], out: Path, metric: str) -> None:
-    """compare.csv, compare.md and compare.png in a folder."""
+    """Write compare.csv, compare.md and compare.png into a folder."""
     out.mkdir(parents=True, exist_ok=True)
     folder = RunFolder(out)
     with matplotlib.rc_context(STYLE):

@@ -14,7 +14,7 @@ import tyro
 
 from train import metric_learning
 
-# Losses and miners that a run knows by name, besides the library's; train/losses.py makes them.
+# The losses and miners known by name, besides the library's; train/losses.py builds them.
 INHERITED_LOSSES = tuple(metric_learning.LOSSES)
 MINERS = ("none", *metric_learning.MINERS)
 T = TypeVar("T")
@@ -35,60 +35,61 @@ def paper_losses() -> tuple[str, ...]:
 
 
 class RunError(Exception):
-    """A problem with the user's input or machine, not a bug: its one line is all that is shown."""
+    """A problem with the user's input or machine, not a bug; only its one line is shown."""
 
 
 class Diverged(RunError):
-    """The numbers of a run are no longer finite."""
+    """The loss or the embeddings of a run are not finite any more."""
 
 
 @dataclass(frozen=True)
 class AtLeast:
-    """A bound, as an annotation of a field; of a tuple, it holds for every entry."""
+    """A lower bound, as an annotation of a field; of a tuple, it applies to every entry."""
 
-    least: float
+    minimum: float
 
     def holds(self, value: float) -> bool:
-        return value >= self.least
+        return value >= self.minimum
 
     def __str__(self) -> str:
-        return f"at least {self.least}"
+        return f"at least {self.minimum}"
 
 
 @dataclass(frozen=True)
 class Positive:
-    """As `AtLeast`: above 0, and at most `most`."""
+    """An annotation like `AtLeast`: above 0, and at most `maximum`."""
 
-    most: float = math.inf
+    maximum: float = math.inf
 
     def holds(self, value: float) -> bool:
-        return 0 < value <= self.most
+        return 0 < value <= self.maximum
 
     def __str__(self) -> str:
-        return "above 0" if self.most == math.inf else f"above 0 and at most {self.most:g}"
+        return "above 0" if self.maximum == math.inf else f"above 0 and at most {self.maximum:g}"
 
 
 @dataclass(frozen=True)
 class DataConfig:
     name: Annotated[str, tyro.conf.arg(name="dataset")] = "glyphs"
-    """Data set: glyphs (rendered when first needed), cub200, cars196, online_products, or any
+    """Data set: glyphs (rendered on first use), cub200, cars196, online_products, or any
     folder DATA_ROOT/NAME/CLASS/*.jpg of class folders."""
     data_root: Path = Path("~/.cache/nivmf_fast")
     """Folder that holds the data sets."""
     glyph_characters: Annotated[int, AtLeast(4)] = 200
     """Characters of the glyph set; the first half trains, the second half tests."""
     glyph_images: Annotated[int, AtLeast(2)] = 40
-    """Images of each character."""
+    """Images per character."""
     augmentation: Literal["none", "base", "big", "adv", "red"] = "none"
-    """Training images: none (whole images, kept in memory: for small sets), base (random resized
-    crop, flip), big (the same, larger), adv (with grey and colour jitter), red (random crop)."""
+    """Augmentation of training images: none (whole images, kept in memory: for small sets), base
+    (random resized crop, flip), big (the same, larger), adv (with grey and colour jitter), red
+    (random crop)."""
     image_size: Annotated[int | None, AtLeast(8)] = None
-    """Images become square, this many pixels wide; by default 28 with --augmentation none, and else
+    """Width and height of the images in pixels; by default 28 with --augmentation none, otherwise
     224 (big 256, GoogLeNet 227)."""
     batch_size: Annotated[int, AtLeast(1)] = 100
     """Images in a batch, over all processes."""
     samples_per_class: Annotated[int, AtLeast(1)] = 2
-    """Images drawn of a class; a batch draws batch_size / samples_per_class classes."""
+    """Images drawn from each class; a batch draws batch_size / samples_per_class classes."""
     validation: Literal["none", "class", "samples"] = "none"
     """Evaluate on a part of the training half instead of the test classes: the last classes, or the
     last images of every class."""
@@ -97,7 +98,7 @@ class DataConfig:
     workers: Annotated[int, AtLeast(0)] = 0
     """Processes that read images, for each training process."""
     skip_bad_images: bool = False
-    """Name images that cannot be read and go on without them."""
+    """Report images that cannot be read and continue without them."""
 
 
 @dataclass(frozen=True)
@@ -107,9 +108,9 @@ class ModelConfig:
     googlenet, any name that timm knows (resnet50, vit_small_patch14_dinov2, ...), or
     package.module:factory of your own, which returns a module from images to features."""
     pretrained: str = "none"
-    """Start of the backbone: imagenet (fetched), none, or the file of a state dict."""
+    """Initial weights of the backbone: imagenet (downloaded), none, or a file of a state dict."""
     freeze_batchnorm: bool = False
-    """Keep the statistics and the eval mode of BatchNorm layers."""
+    """Keep BatchNorm layers in eval mode, with their statistics unchanged."""
     pooling: Literal["avg", "avg+max"] = "avg"
     """Global pooling before the embedding layer."""
     width: Annotated[int, AtLeast(1)] = 16
@@ -117,12 +118,12 @@ class ModelConfig:
     embed_dim: Annotated[int, AtLeast(2)] = 64
     """Dimension of the embedding."""
     init_norm: Annotated[float | None, Positive()] = None
-    """Mean embedding norm, which is the images' concentration, at the start: the embedding layer is
-    scaled to it on training images."""
+    """Initial mean of the embedding norm, which is the images' concentration: the embedding layer
+    is scaled to it on training images."""
     init_norm_multiplier: Annotated[float | None, Positive()] = None
     """Multiply the embedding layer's initial weight by this."""
     max_norm: Annotated[float | None, Positive()] = None
-    """Bound of the embedding norm: a norm r becomes r / (1 + r / max_norm)."""
+    """Upper bound of the embedding norm: a norm r becomes r / (1 + r / max_norm)."""
     normalize_output: bool = False
     """Embeddings of norm 1, for losses without uncertainty."""
 
@@ -131,17 +132,17 @@ class ModelConfig:
 class LossConfig:
     name: Annotated[str, tyro.conf.arg(name="loss", help=_LOSS_HELP)] = "el-nivmf"
     concentration: float = 10.0
-    """Length of the raw proxies and, for the non-isotropic losses, start of every entry of K."""
+    """Length of the raw proxies and, in non-isotropic losses, initial value of K's entries."""
     temperature: float = 0.01
-    """Temperature of the softmax at the start."""
+    """Initial temperature of the softmax."""
     learn_temperature: bool = True
     """Train the temperature."""
     n_samples: int = 20
-    """Samples drawn of each image's distribution (el-nivmf)."""
+    """Samples drawn from each image's distribution (el-nivmf)."""
     normalizer: str = "exact"
-    """How log C_D is computed: exact, or released as the paper's code has it (el-nivmf, nivmf)."""
+    """Form of log C_D: exact, or released, as in the paper's code (el-nivmf, nivmf)."""
     projection: bool = True
-    """Take cos(K x, K mu), as the density has it, rather than cos(x, K mu) (el-nivmf, nivmf)."""
+    """Use cos(K x, K mu), as in the density, rather than cos(x, K mu) (el-nivmf, nivmf)."""
     temperature_outside: bool = False
     """Divide by the temperature after the mean over the samples (el-nivmf)."""
     guidance_weight: float = 0.0
@@ -149,21 +150,22 @@ class LossConfig:
     warmstart: bool = True
     """Start every proxy at its class's mean embedding."""
     bindev: bool = False
-    """A binomial-deviance loss, shaped like ProxyAnchor's, of the similarities, not a softmax."""
+    """Use a binomial deviance of the similarities, as in ProxyAnchor, instead of a softmax."""
     bindev_alpha: float = 1.0
     """Factor of the similarities in the binomial deviance."""
     bindev_delta: float = 0.0
     """Margin of the similarities in the binomial deviance."""
     bindev_axis: Literal["images", "classes"] = "images"
-    """What the binomial deviance sums over inside the logarithm."""
+    """Axis over which the binomial deviance sums inside the logarithm."""
     negative_share: float = 1.0
-    """Share of the negative proxies, drawn anew each step, that the loss sees."""
+    """Share of the negative proxies that the loss uses, drawn anew in each step."""
     backend: str = "auto"
-    """What computes el-nivmf and nivmf: auto, or what `python -m nivmf_fast` lists as usable."""
+    """Backend of el-nivmf and nivmf: auto, or one that `python -m nivmf_fast` lists as usable."""
     precision: str = "float32"
-    """Products of el-nivmf and nivmf: float32, or fast, which is cheaper and less accurate."""
+    """Products in el-nivmf and nivmf: float32, or fast, which is cheaper and less accurate."""
     workspace: int | None = None
-    """Bytes of scratch for el-nivmf and nivmf; 64 MiB by default on a CPU, 256 MiB on a GPU."""
+    """Scratch memory of el-nivmf and nivmf, in bytes; by default 64 MiB on a CPU, 256 MiB on a
+    GPU."""
     miner: Annotated[str, tyro.conf.arg(help=_MINER_HELP)] = "none"
     loss_options: str = "{}"
     """Further arguments of an inherited loss, or of your own, as JSON."""
@@ -174,7 +176,7 @@ class LossConfig:
 @dataclass(frozen=True)
 class OptimConfig:
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
-    """sgd has momentum 0.9."""
+    """Optimiser; sgd has momentum 0.9."""
     lr: Annotated[float, Positive()] = 1e-5
     """Learning rate of the network."""
     weight_decay: Annotated[float, AtLeast(0)] = 4e-4
@@ -182,14 +184,14 @@ class OptimConfig:
     embedding_lr: Annotated[float | None, Positive()] = None
     """Learning rate of the embedding layer; that of the network by default."""
     schedule: Literal["step", "cosine", "constant"] = "step"
-    """Course of the learning rates: times gamma after each milestone, down to zero at the last
-    batch, or none."""
+    """Schedule of the learning rates: times gamma after each milestone, along a cosine to zero at
+    the last batch, or constant."""
     milestones: Annotated[tuple[int, ...], AtLeast(1)] = ()
     """Epochs after which the learning rates are multiplied by gamma."""
     gamma: Annotated[float, Positive()] = 0.3
     """Factor of the learning rates at a milestone."""
     warmup: Annotated[int, AtLeast(0)] = 0
-    """Epochs at the start that train the embedding layer and the loss only."""
+    """Initial epochs, which train only the embedding layer and the loss."""
     proxy_lr_mult: Annotated[float, AtLeast(0)] = 5000.0
     """Learning rate of the proxies' directions, as a multiple of lr."""
     conc_lr_mult: Annotated[float, AtLeast(0)] = 50000.0
@@ -197,7 +199,7 @@ class OptimConfig:
     temp_lr_mult: Annotated[float, AtLeast(0)] = 500.0
     """Learning rate of the temperature, as a multiple of lr."""
     clip_grad: Annotated[float | None, Positive()] = None
-    """Bound of the norm of the network's gradient."""
+    """Clip the norm of the network's gradient to this."""
     amp: Literal["none", "bfloat16", "float16"] = "none"
     """Precision of the network under autocast; losses stay float32."""
     compile: bool = False
@@ -207,11 +209,11 @@ class OptimConfig:
 @dataclass(frozen=True)
 class Config:
     preset: str = "glyphs"
-    """Set of defaults that other flags override; below is the list."""
+    """Set of defaults that other flags override; the list is above."""
     epochs: Annotated[int, AtLeast(1)] = 150
-    """Rounds over the training images."""
+    """Passes over the training images."""
     seed: Annotated[int, AtLeast(0)] = 0
-    """Seed of everything random but the data set: same seed, same machine, same metrics."""
+    """Seed of everything random except the data set: same seed, same machine, same metrics."""
     seeds: Annotated[tuple[int, ...], AtLeast(0)] = ()
     """Several runs, one for each seed, in folders of --out, and a table of mean and deviation."""
     device: str = "auto"
@@ -227,17 +229,17 @@ class Config:
     clustering: bool = True
     """Evaluate NMI and F1 of k-means, which takes the most time on large sets."""
     storage_metric: str = "c_recall@1"
-    """Column of metrics.csv whose improvement makes a checkpoint the best one."""
+    """Column of metrics.csv by which checkpoint_best.pt is chosen."""
     checkpoint_batches: Annotated[int | None, AtLeast(1)] = None
     """Batches between checkpoints within an epoch; there is always one after each epoch."""
     class_parallel: bool = False
-    """Under torchrun, spread the classes over the processes: for more than one GPU can hold."""
+    """Under torchrun, spread the classes over the processes, if a GPU cannot hold them all."""
     tensorboard: bool = True
-    """Write the metrics for TensorBoard too."""
+    """Also write the metrics for TensorBoard."""
     tracker: Literal["none", "wandb", "comet"] = "none"
     """Online tracker, if it is installed."""
     project: str = "nivmf_fast"
-    """Project's name at the online tracker."""
+    """Project name at the online tracker."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
@@ -256,9 +258,9 @@ class Config:
         return _from_dict(cls, json.loads(text))
 
     def check(self) -> None:
-        """Raise a RunError for a value that no run can have, or values that exclude each other.
+        """Raise a RunError for impossible values, and for values that exclude each other.
 
-        What only the loss can judge is left to its constructor; see `train.losses.check_loss`.
+        The loss's constructor checks its own options; see `train.losses.check_loss`.
         """
         for flag, value, notes in flags(self):
             bounds = [note for note in notes if isinstance(note, (AtLeast, Positive))]
@@ -299,7 +301,7 @@ def _is_json_object(text: str) -> bool:
 
 
 def flags(config: Any) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
-    """Every value of a configuration: its flag, the value, what its annotation adds to the type."""
+    """Yield the flag, the value and the annotations of each value of a configuration."""
     hints = get_type_hints(type(config), include_extras=True)
     for item in dataclasses.fields(config):
         value = getattr(config, item.name)
@@ -312,7 +314,7 @@ def flags(config: Any) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
 
 
 def by_flag(config: Any) -> dict[str, Any]:
-    """Every value of a configuration under its flag's name."""
+    """Map the flags of a configuration to their values."""
     return {flag: value for flag, value, _ in flags(config)}
 
 
@@ -331,14 +333,14 @@ def _from_dict(kind: type[T], values: dict[str, Any]) -> T:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """What to add to the message about an unknown name."""
+    """Suggest known names, to be added to the message about an unknown one."""
     near = difflib.get_close_matches(name, list(known), n=3)
     return f" (did you mean {' or '.join(near)}?)" if near else ""
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Evaluate a checkpoint again, on any of its images, and export what was embedded."""
+    """Evaluate a checkpoint again, on any split, and export the embeddings."""
 
     checkpoint: Path
     """Checkpoint of a run."""
@@ -362,7 +364,7 @@ class EvaluateConfig:
 
 @dataclass(frozen=True)
 class CompareConfig:
-    """Put runs beside each other, in a table and a plot."""
+    """Compare runs in a table and a plot."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """Run folders, or folders of runs with several seeds."""
@@ -371,7 +373,7 @@ class CompareConfig:
     row: Literal["last", "best"] = "last"
     """Epoch that counts: the last, or the best by --metric (which peeks at the test classes)."""
     metric: str = "c_recall@1"
-    """Column of metrics.csv that the plot shows and --row best goes by."""
+    """Column of metrics.csv to plot, and by which --row best chooses."""
 
 
 @dataclass(frozen=True)
@@ -379,10 +381,10 @@ class SweepConfig:
     """Tune losses with equal effort, run each with several seeds, and compare them."""
 
     name: tyro.conf.Positional[Literal["glyphs-distances"]]
-    """glyphs-distances: the paper's seven losses on the embedded set, each tuned with equal effort
-    on classes held out of the training half, then run with --seeds."""
+    """glyphs-distances: the paper's seven losses on the glyphs, each tuned with equal effort on
+    classes held out of the training half, then run with --seeds."""
     out: Path = Path("runs/glyphs-distances")
-    """Folder of all runs, of the table and of the plot; what is finished in it is not repeated."""
+    """Folder of all runs, the table and the plot; finished runs in it are not repeated."""
     trials: int = 8
     """Settings tried for each loss."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
@@ -390,7 +392,7 @@ class SweepConfig:
     jobs: int | None = None
     """Runs at a time; one for each core by default, or one on a GPU."""
     losses: tuple[str, ...] = ()
-    """Only these; all by default."""
+    """Losses to compare; all by default."""
     data_root: Path | None = None
     """Folder that holds the data sets."""
     limit_batches: int | None = None

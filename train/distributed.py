@@ -13,29 +13,29 @@ from torch import Tensor
 
 from train.config import RunError
 
-MEETING = timedelta(minutes=2)  # to connect
-TIMEOUT = timedelta(hours=2)  # the others wait while the first process evaluates
+RENDEZVOUS_TIMEOUT = timedelta(minutes=2)
+COLLECTIVE_TIMEOUT = timedelta(hours=2)  # the others wait while the main process evaluates
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all; every method is called by all of them, in the same order."""
+    """This process's rank; all processes must call the methods in the same order."""
 
     rank: int
     size: int
     device: torch.device
 
     @property
-    def first(self) -> bool:
-        """Whether this is the process that writes files and speaks."""
+    def is_main(self) -> bool:
+        """Whether this is the process that writes files and prints."""
         return self.rank == 0
 
     def share(self, total: int) -> range:
         """This process's contiguous part of 0 ... total - 1."""
         return range(total * self.rank // self.size, total * (self.rank + 1) // self.size)
 
-    def agree(self, value: Any) -> Any:
-        """The first process's value, in all."""
+    def broadcast(self, value: Any) -> Any:
+        """Return the main process's value in all processes."""
         if self.size == 1:
             return value
         values = [value]
@@ -43,16 +43,16 @@ class Ranks:
         return values[0]
 
     @contextlib.contextmanager
-    def in_turn(self) -> Iterator[None]:
-        """The first process does it, then the others, which find what it left."""
-        if self.size > 1 and not self.first:
+    def main_first(self) -> Iterator[None]:
+        """Run the block in the main process, then in the others, which find the files it left."""
+        if self.size > 1 and not self.is_main:
             dist.barrier()
         yield
-        if self.size > 1 and self.first:
+        if self.size > 1 and self.is_main:
             dist.barrier()
 
     def gather(self, rows: Tensor) -> Tensor:
-        """The rows of all processes, which may have different numbers of them, in rank order."""
+        """Concatenate the rows of all processes in rank order; their numbers may differ."""
         if self.size == 1:
             return rows
         count = torch.tensor([len(rows)], device=self.device)
@@ -66,15 +66,15 @@ class Ranks:
         return torch.cat([part[:n] for part, n in zip(parts, lengths, strict=True)])
 
     def gather_batch(self, rows: Tensor) -> Tensor:
-        """Equally many rows of each process, for a loss that all compute of the whole batch.
+        """Gather equally many rows of each process, for a loss that all compute on the whole batch.
 
-        Its gradient in these rows is the whole one in each process, and is multiplied by their
-        number, because DistributedDataParallel divides by it.
+        Every process computes the full gradient in its own rows, so it is multiplied by the number
+        of processes, by which DistributedDataParallel divides.
         """
         return _GatherBatch.apply(rows, self) if self.size > 1 else rows  # type: ignore
 
     def scaled(self, rows: Tensor) -> Tensor:
-        """The rows; backward, their gradient is multiplied as in `gather_batch`."""
+        """Return the rows unchanged; multiply their gradient as `gather_batch` does."""
         return _Scaled.apply(rows, self.size) if self.size > 1 else rows  # type: ignore
 
     def mean(self, tensors: Iterable[Tensor | None]) -> None:
@@ -121,17 +121,17 @@ def processes(device_name: str) -> Iterator[Ranks]:
     device = choose_device(device_name, int(os.environ.get("LOCAL_RANK", "0")))
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    store, rank, _ = next(dist.rendezvous("env://", timeout=MEETING))
-    # Restarted by torchrun, a process would find the addresses of those that have ended.
+    store, rank, _ = next(dist.rendezvous("env://", timeout=RENDEZVOUS_TIMEOUT))
+    # After a restart by torchrun the store still holds the addresses of the ended processes.
     store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         store=store,
         rank=rank,
         world_size=size,
-        timeout=MEETING,
+        timeout=RENDEZVOUS_TIMEOUT,
     )
-    dist.distributed_c10d._set_pg_timeout(TIMEOUT)
+    dist.distributed_c10d._set_pg_timeout(COLLECTIVE_TIMEOUT)
     try:
         yield Ranks(dist.get_rank(), size, device)
     finally:
@@ -139,7 +139,7 @@ def processes(device_name: str) -> Iterator[Ranks]:
 
 
 def choose_device(name: str, local_rank: int | None = None) -> torch.device:
-    """The device of that name; of several processes on a machine, each has a GPU of its own."""
+    """The device of that name; several processes on a machine get a GPU each."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if local_rank is not None and name == "cuda":

@@ -21,7 +21,7 @@ def autocast(config: OptimConfig, device: torch.device) -> torch.autocast:
 def embed(
     model: EmbeddingNet, images: ImageSet, config: Config, ranks: Ranks, batch_size: int = 500
 ) -> tuple[Tensor, Tensor]:
-    """Embed a set in eval mode: embeddings [n, D], and the indices of the images.
+    """Embed a set in eval mode: embeddings [n, D], and the indices of the readable images.
 
     Every process embeds a part; all of them get the whole.
     """
@@ -43,13 +43,13 @@ def embed(
 def embed_readable(
     model: EmbeddingNet, images: ImageSet, config: Config, ranks: Ranks
 ) -> tuple[Tensor, ImageSet]:
-    """The embeddings of a set, and the set without the images that cannot be read."""
+    """Embed a set; return the embeddings, and the set without its unreadable images."""
     features, kept = embed(model, images, config, ranks)
     return features, images if len(kept) == len(images) else images.subset(kept)
 
 
 def metrics(config: Config, features: Tensor, images: ImageSet) -> dict[str, float]:
-    """The columns of metrics.csv that an evaluation fills."""
+    """Compute the columns of metrics.csv that come from an evaluation."""
     labels = images.labels.to(features.device)
     return evaluate.evaluate(
         features, labels, images.degradation, config.seed, clustering=config.clustering
@@ -57,7 +57,7 @@ def metrics(config: Config, features: Tensor, images: ImageSet) -> dict[str, flo
 
 
 def calibration_images(images: ImageSet) -> Tensor:
-    """Images of every class, as they are embedded: few of those that must first be read."""
+    """A sample over all classes, transformed as for embedding; small if it must be read first."""
     count = 1000 if images.images is not None else 200
     return images.batch(range(0, len(images), max(1, len(images) // count)))[0]
 

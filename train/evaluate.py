@@ -40,14 +40,14 @@ PERCENTILES = (5, 25, 50, 75, 95)
 class Retrieval:
     """Exact neighbours of every image among all others."""
 
-    ranks: Tensor  # int64 [n, m]: where each query's class comes, from 1, ascending; then NEVER
+    ranks: Tensor  # int64 [n, m]: of each query's class, from 1, ascending, padded with NEVER
     class_sizes: Tensor  # int64 [n], the query included
     class_distance: Tensor  # float64 [n]: mean distance to the others of its class, NaN for none
     nearest: Tensor  # int64 [n, k]
     similarity: Tensor  # float32 [n, k]: cosine, or minus the squared distance
 
     def recall(self, k: int) -> float:
-        """Share of queries with a hit among the k nearest; a query alone in its class has none."""
+        """Share of queries with a hit among the k nearest; a class of one image has none."""
         return mean(self.ranks[:, 0] <= k)
 
     def map_at_r(self) -> float:
@@ -56,9 +56,9 @@ class Retrieval:
         return mean((self._precision_sum(others[:, None]) / others)[others > 0])
 
     def mean_average_precision(self, last_rank: int | None = None) -> float:
-        """The released mAP: precision@hit, summed up to a rank, by whole class size.
+        """mAP of the released code: precision@hit summed up to a rank, divided by the class size.
 
-        The last rank is the class size unless given.
+        The last rank is the class size by default.
         """
         last = self.class_sizes[:, None] if last_rank is None else last_rank
         return mean(self._precision_sum(last) / self.class_sizes)
@@ -80,7 +80,7 @@ def retrieve(
 def retrieve_spaces(
     features: Tensor, labels: Tensor, spaces: Sequence[Space], k: int = 8, memory: int = MEMORY
 ) -> dict[Space, Retrieval]:
-    """As `retrieve`, for several spaces: they share the products, which take most of the time."""
+    """Like `retrieve`, in several spaces: they share the products, which take most of the time."""
     n = len(labels)
     features = features.double()
     squares = features.norm(dim=1).square()  # not of all entries, which would take their memory
@@ -93,7 +93,7 @@ def retrieve_spaces(
     members[labels[order], place] = order
     members = members[labels]
 
-    # Made before the chunks: small tensors that outlive a chunk would break up its memory.
+    # Allocated before the chunks: small tensors that outlive a chunk would fragment its memory.
     results = {
         space: Retrieval(
             ranks=torch.empty_like(members),
@@ -125,9 +125,9 @@ def _rank(
     """Enter the rows of these queries, overwriting their squared distances [rows, n]."""
     rows, n = distances.shape
     index = torch.arange(n, device=query.device)
-    # One integer says both how near (non-negative floats sort as their bits do) and, where that is
-    # equal in float32, which comes first: with unique keys every rank is well defined, and the
-    # order in which a matrix product adds up does not show.
+    # One integer holds the distance in float32 (non-negative floats sort as their bits do) and, in
+    # the bits below, the index, which breaks ties. Unique keys make every rank well defined, and
+    # the order in which a matrix product adds up does not show.
     keys = distances.copy_(distances.float()).view(torch.int64).bitwise_or_(index)
     keys[index[:rows], query] = NEVER
     best, result.nearest[query] = keys.topk(result.nearest.shape[1], largest=False)
@@ -144,7 +144,7 @@ def _rank(
 
 
 def _count_up_to(bounds: Tensor, values: Tensor) -> Tensor:
-    """How many of the values [rows, n] reach no further than each sorted bound [rows, m]."""
+    """Count the values [rows, n] up to each sorted bound [rows, m]."""
     interval = torch.searchsorted(bounds, values)
     counts = interval.new_zeros(len(bounds), bounds.shape[1] + 1)
     counts.scatter_add_(1, interval, interval.new_ones(1, 1).expand_as(interval))
@@ -192,7 +192,7 @@ def evaluate(
 
 
 def clustering_quality(features: Tensor, labels: Tensor, seed: int) -> dict[str, float]:
-    """NMI and pairwise F1 of the classes and as many k-means clusters."""
+    """NMI and pairwise F1 of the classes and an equal number of k-means clusters."""
     truth = labels.cpu().numpy()
     count = len(np.unique(truth))
     clusters = {
@@ -207,7 +207,7 @@ def k_means(features: Tensor, count: int, seed: int) -> NDArray[np.int64]:
     """The cluster of every image: by faiss where it is installed, else by scikit-learn."""
     points = features.float().cpu().numpy()
     if faiss is None:
-        with threadpool_limits(1):  # several threads would add up the centres in any order
+        with threadpool_limits(1):  # the order in which threads add up the centres varies
             return KMeans(count, n_init=1, random_state=seed).fit_predict(points)
     means = faiss.Kmeans(
         points.shape[1],
@@ -224,13 +224,13 @@ def k_means(features: Tensor, count: int, seed: int) -> NDArray[np.int64]:
 
 
 def pairwise_f1(truth: NDArray[np.int64], clusters: NDArray[np.int64]) -> float:
-    """F1 of saying of two images that share a cluster that they share a class."""
+    """F1 of predicting that two images of one cluster share their class."""
     (_, wrong), (missed, right) = pair_confusion_matrix(truth, clusters).tolist()
     return 2 * right / (2 * right + wrong + missed) if right else 0.0
 
 
 def structure(features: Tensor, labels: Tensor, spaces: dict[Space, Retrieval]) -> dict[str, float]:
-    """How classes lie and how many directions are used, as Roth et al. (2020) measure it."""
+    """Distances within and between classes, and the spectrum (Roth et al., 2020)."""
     found: dict[str, dict[str, float]] = {}
     for space, retrieval in spaces.items():
         points = embedded(features, space)
@@ -258,10 +258,9 @@ def mean_class_distance(points: Tensor, labels: Tensor) -> float:
 
 
 def spectral_decay(points: Tensor) -> float:
-    """KL(uniform | singular values that sum to 1), in nats: 0 where all directions count alike.
+    """KL(uniform | normalised singular values), in nats: 0 if all directions are used equally.
 
-    Values below float32's rounding of the largest count as that much: a direction that is not used
-    at all leaves it finite.
+    Values are clamped to float32's rounding of the largest: an unused direction leaves it finite.
     """
     with threadpool_limits(1):
         values = np.linalg.svd(points.cpu().numpy(), compute_uv=False)
@@ -272,7 +271,7 @@ def spectral_decay(points: Tensor) -> float:
 
 
 def uncertainty(features: Tensor, labels: Tensor, found: Retrieval) -> dict[str, float]:
-    """Whether norm, cosine, distance and log-PPK tell that the cosine neighbour is right.
+    """How well norm, cosine, distance and log-PPK predict that the cosine neighbour is right.
 
     The nearest images also vote for their classes, weighted by exp(log-PPK). A true class with less
     than 1 / n of the vote counts as having 1 / n: the log-likelihood is at least -log n.
@@ -290,7 +289,7 @@ def uncertainty(features: Tensor, labels: Tensor, found: Retrieval) -> dict[str,
 
     weight = log_ppk.softmax(1)
     vote = (weight[:, None] * (voters[:, None] == voters[:, :, None])).sum(2)
-    winner = vote.cpu().numpy().argmax(1)  # of equals the nearest
+    winner = vote.cpu().numpy().argmax(1)  # of equal votes, the nearest
     share = (weight * hits).sum(1)
     result["vote_log_likelihood"] = mean(share.clamp(min=1 / len(labels)).log())
     result["vote_accuracy"] = float(
@@ -315,19 +314,19 @@ def _to_neighbours(features: Tensor, found: Retrieval) -> Iterator[tuple[Tensor,
 
 
 def mean(values: Tensor) -> float:
-    """The mean, added up in an order that does not depend on the number of threads; NaN of none."""
+    """The mean, summed in an order independent of the number of threads; NaN without values."""
     return float(values.double().cpu().numpy().mean()) if len(values) else math.nan
 
 
 def auroc(right: Tensor, score: Tensor) -> float:
-    """How well a score tells right from wrong; 0.5 is chance, NaN where all are of one kind."""
+    """How well a score tells right from wrong; 0.5 is chance, NaN if all are of one kind."""
     if bool(right.all()) or not bool(right.any()):
         return math.nan
     return float(roc_auc_score(right.cpu(), score.cpu()))
 
 
 def spearman(x: Tensor, y: Tensor) -> float:
-    """Rank correlation, ties sharing their mean rank; NaN where all values are equal."""
+    """Rank correlation, ties sharing their mean rank; NaN if all values are equal."""
     ranks = []
     for values in (x.cpu(), y.cpu()):
         _, which, counts = values.unique(return_inverse=True, return_counts=True)

@@ -1,4 +1,4 @@
-"""A run from top to bottom: data, network, loss, optimiser, epochs, evaluation, files."""
+"""A training run from start to end: data, network, loss, optimiser, epochs, evaluation, files."""
 
 import contextlib
 import io
@@ -41,21 +41,21 @@ OPTIMISERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 
 
 def train(config: Config) -> None:
-    """Train and evaluate as configured, once or for several seeds; all is left in the folder."""
+    """Train and evaluate as configured, for one seed or several; everything goes to the folder."""
     with processes(config.device) as ranks:
-        config = ranks.agree(config)  # the first process has numbered the folder
+        config = ranks.broadcast(config)  # whose folder the main process has numbered
         if not config.seeds:
             run(config, ranks)
             return
         check_loss(config.loss, config.class_parallel)  # before there is a folder
-        group = RunFolder.open(config) if ranks.first else RunFolder(config.folder)
-        if ranks.first:
+        group = RunFolder.open(config) if ranks.is_main else RunFolder(config.folder)
+        if ranks.is_main:
             group.create(config)
         folders = [config.folder / f"seed-{seed}" for seed in config.seeds]
         for seed, folder in zip(config.seeds, folders, strict=True):
             resume = config.resume and folder.exists()
             run(replace(config, seed=seed, seeds=(), out=folder, resume=resume), ranks)
-        if ranks.first:
+        if ranks.is_main:
             table = compare.Group.read(config.folder, "last")
             group.write("seeds.csv", compare.seeds_csv(table).encode())
             group.write("seeds.md", compare.markdown([table]).encode())
@@ -63,13 +63,13 @@ def train(config: Config) -> None:
 
 
 def run(config: Config, ranks: Ranks) -> None:
-    """One run."""
+    """Train and evaluate once, or resume where a run stopped."""
     device = ranks.device
-    folder = RunFolder.open(config) if ranks.first else RunFolder(config.folder)
+    folder = RunFolder.open(config) if ranks.is_main else RunFolder(config.folder)
     checkpoint = folder.load(device) if config.resume else None
     finished = checkpoint and checkpoint["epoch"] == config.epochs
     if finished and (folder.path / report.REPORT).exists():
-        if ranks.first:
+        if ranks.is_main:
             print(f"finished already: {folder.path / report.REPORT} (nothing was changed)")
         return
     check(config, ranks)
@@ -77,12 +77,13 @@ def run(config: Config, ranks: Ranks) -> None:
     torch.backends.cudnn.deterministic = True
 
     channels, crop = backbone_input(config.model)
-    with ranks.in_turn():  # what is rendered or fetched is so once
+    with ranks.main_first():  # glyphs are rendered and weights downloaded once
         sets = load(config.data, channels, crop)
         train_set, test_set = sets["train"], sets.get("validation", sets["test"])
-        some = calibration_images(train_set)
-        form = replace(config.model, pretrained="none") if checkpoint else config.model
-        model = build_model(form, channel_statistics(train_set, some), train_set.size).to(device)
+        sample = calibration_images(train_set)
+        model_config = replace(config.model, pretrained="none") if checkpoint else config.model
+        statistics = channel_statistics(train_set, sample)
+        model = build_model(model_config, statistics, train_set.size).to(device)
     data, classes, dim = config.data, len(train_set.classes), config.model.embed_dim
     loss = build_loss(config.loss, classes, dim, config.class_parallel).to(device)
     batches = ClassBalancedBatches(
@@ -95,26 +96,26 @@ def run(config: Config, ranks: Ranks) -> None:
     pixels, raw_recall = test_set.images, None
     if pixels is not None:
         raw_recall = evaluate.retrieve(pixels.flatten(1), test_set.labels, "e").recall(1)
-    if ranks.first:
+    if ranks.is_main:
         describe(config, ranks, model, train_set, test_set, raw_recall)
         folder.create(config)
 
     if checkpoint:
         resume(config, state, checkpoint, ranks, folder)
     else:
-        if config.resume and ranks.first:
+        if config.resume and ranks.is_main:
             print(f"no checkpoint in {folder.path}: starting afresh")
-        initialise(config, state, train_set, some, ranks)
+        initialise(config, state, train_set, sample, ranks)
 
     network = wrap(config, model, ranks)
     embedded: tuple[Tensor, ImageSet] | None = None
     with contextlib.ExitStack() as stack:
-        log = stack.enter_context(tracking.trackers(config, state.epoch)) if ranks.first else None
+        log = stack.enter_context(tracking.trackers(config, state.epoch)) if ranks.is_main else None
         bar = tqdm(
             total=steps * config.epochs,
             initial=state.epoch * steps + state.step,
             unit="batch",
-            disable=None if ranks.first else True,
+            disable=None if ranks.is_main else True,
         )
         stack.enter_context(bar)
         while state.epoch < config.epochs:
@@ -131,13 +132,13 @@ def run(config: Config, ranks: Ranks) -> None:
 
     if embedded is None:  # all epochs were done when the run was resumed
         embedded = embed_readable(model, test_set, config, ranks)
-    if ranks.first:
+    if ranks.is_main:
         finish(config, state, folder, *embedded, raw_recall)
 
 
 def check(config: Config, ranks: Ranks) -> None:
-    """Raise a RunError, before any data is read, for what can be known to fail later."""
-    if ranks.first:
+    """Raise a RunError, before any data is read, for settings that would fail later."""
+    if ranks.is_main:
         tracking.check(config)
     check_loss(config.loss, config.class_parallel)
     if config.data.batch_size % ranks.size:
@@ -150,27 +151,27 @@ def check(config: Config, ranks: Ranks) -> None:
 def resume(
     config: Config, state: State, checkpoint: dict[str, Any], ranks: Ranks, folder: RunFolder
 ) -> None:
-    """Load a checkpoint, and say so."""
+    """Load a checkpoint, and print where the run resumes."""
     try:
         state.load(checkpoint, ranks, folder.path)
     except (KeyError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise RunError(f"{folder.path / LAST} does not fit this run ({reason})") from None
-    if ranks.first:
+    if ranks.is_main:
         if state.history:
             folder.write_metrics(state.history)  # the last run may have ended before it could
         print(f"resuming after epoch {state.epoch} of {config.epochs}, batch {state.step}")
 
 
 def initialise(
-    config: Config, state: State, train_set: ImageSet, some: Tensor, ranks: Ranks
+    config: Config, state: State, train_set: ImageSet, sample: Tensor, ranks: Ranks
 ) -> None:
-    """Set what precedes the first step: BatchNorm statistics, the mean norm, the proxies."""
-    state.model.calibrate(some.to(ranks.device), config.model.init_norm)
+    """Prepare the first step: BatchNorm statistics, the mean norm, the proxies."""
+    state.model.calibrate(sample.to(ranks.device), config.model.init_norm)
     if config.loss.warmstart and hasattr(state.loss, "warmstart"):
         features, kept = embed(state.model, train_set, config, ranks)
         labels = train_set.labels[kept].to(ranks.device)
-        if config.class_parallel:  # which takes each process's own images
+        if config.class_parallel:  # each process passes its own images
             part = ranks.share(len(kept))
             features, labels = features[part.start : part.stop], labels[part.start : part.stop]
         state.loss.warmstart(features, labels)
@@ -187,7 +188,7 @@ def train_epoch(
     folder: RunFolder,
     bar: "tqdm[None]",
 ) -> dict[str, float]:
-    """The steps that are left of an epoch; the epoch's mean loss and the seconds it took."""
+    """Run the remaining steps of an epoch; return its mean loss, temperature and seconds."""
     start, before = time.perf_counter(), state.seconds
     device, model, loss, spread = ranks.device, state.model, state.loss, config.class_parallel
     size = config.data.batch_size // ranks.size
@@ -201,7 +202,7 @@ def train_epoch(
     cuda = device.type == "cuda"
     for batch in train_batches(train_set, left, part, config.data.workers, pin_memory=cuda):
         train_set.warn_unreadable(batch.bad)
-        # what the network draws is a function of the step's place in the run and of nothing before
+        # the network's random numbers depend on the step alone, not on what came before
         torch.manual_seed(batch.seed + ranks.rank)
         images = batch.images.to(device, non_blocking=True)
         labels = batch.labels.to(device, non_blocking=True)
@@ -209,7 +210,7 @@ def train_epoch(
             embeddings = network(images)
         try:
             value = global_loss(loss, embeddings.float(), labels, batch.seed, ranks, spread)
-        except ValueError as error:  # the loss takes no embeddings that are not finite
+        except ValueError as error:  # the loss refuses embeddings that are not finite
             raise Diverged(
                 f"epoch {state.epoch + 1} diverged ({error}): try a smaller --lr"
             ) from None
@@ -254,10 +255,10 @@ def global_loss(
     ranks: Ranks,
     class_parallel: bool = False,
 ) -> Tensor:
-    """The loss of the whole batch, of which this process has a slice, up to what a mean restores.
+    """Return a loss whose mean over the processes is the loss of the whole batch.
 
-    A mean of one term per image is the mean of the processes' means. Any other loss sees the whole
-    batch in every process; class-parallel ones gather it themselves.
+    Each process has a slice of the batch, which suffices for a mean of one term per image. Any
+    other loss sees the whole batch in every process; class-parallel ones gather it themselves.
     """
     if class_parallel:
         return loss(ranks.scaled(embeddings), labels, seed=seed)
@@ -267,12 +268,12 @@ def global_loss(
 
 
 def wrap(config: Config, model: EmbeddingNet, ranks: Ranks) -> nn.Module:
-    """The network as it trains: in parallel over processes, compiled."""
+    """Wrap the network for training: in parallel over processes, compiled."""
     network: nn.Module = model
     if ranks.size > 1 and model.batchnorms() and not config.model.freeze_batchnorm:
         if ranks.device.type == "cuda":
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
-        elif ranks.first:
+        elif ranks.is_main:
             print(
                 "warning: on the CPU every process has BatchNorm statistics of its own; "
                 "--freeze-batchnorm makes the result independent of the number of processes"
@@ -286,11 +287,13 @@ def wrap(config: Config, model: EmbeddingNet, ranks: Ranks) -> nn.Module:
 def evaluate_epoch(
     config: Config, model: EmbeddingNet, test_set: ImageSet, ranks: Ranks
 ) -> tuple[tuple[Tensor, ImageSet], dict[str, float]]:
-    """What was embedded, and the columns of metrics.csv."""
+    """Embed and evaluate a set: embeddings, their images, and columns of metrics.csv."""
     start = time.perf_counter()
     features, images = embed_readable(model, test_set, config, ranks)
     middle = time.perf_counter()
-    row: dict[str, float] = ranks.agree(metrics(config, features, images) if ranks.first else None)
+    row: dict[str, float] = ranks.broadcast(
+        metrics(config, features, images) if ranks.is_main else None
+    )
     if config.storage_metric not in row:
         raise RunError(
             f"--storage-metric is {config.storage_metric!r}, but must be one of {', '.join(row)}"
@@ -321,7 +324,7 @@ def finish(
 def build_optimiser(
     config: OptimConfig, model: EmbeddingNet, loss: nn.Module, steps: int, epochs: int
 ) -> tuple[torch.optim.Optimizer, LambdaLR]:
-    """The network's and the loss's groups, and the schedule of their learning rates."""
+    """Build the optimiser over network and loss, and the schedule of its learning rates."""
     decay = {"weight_decay": config.weight_decay}
     head_lr = config.lr if config.embedding_lr is None else config.embedding_lr
     groups = [
@@ -339,14 +342,14 @@ def build_optimiser(
         groups.append({"params": own, "lr": config.lr * config.proxy_lr_mult, "weight_decay": 0.0})
     optimiser = OPTIMISERS[config.optimizer]([group for group in groups if group["params"]])
 
-    def share(step: int) -> float:
+    def factor(step: int) -> float:
         if config.schedule == "cosine":
             return 0.5 * (1 + math.cos(math.pi * step / (steps * epochs)))
         if config.schedule == "step":
             return config.gamma ** sum(step // steps >= epoch for epoch in config.milestones)
         return 1.0
 
-    return optimiser, LambdaLR(optimiser, share)
+    return optimiser, LambdaLR(optimiser, factor)
 
 
 def describe(
@@ -365,13 +368,13 @@ def describe(
     several += ", classes spread over them" if config.class_parallel else ""
     split = "test" if config.data.validation == "none" else "validate"
     raw = "" if raw_recall is None else f"; raw pixels have recall@1 {raw_recall:.4f}"
-    what = "the same" if config.data.validation == "samples" else "other"
+    which = "the same" if config.data.validation == "samples" else "other"
     print(f"device   {device}{threads}{several}")
     print(f"loss     {config.loss.name}, backend {loss_backends(config.loss, device)}")
     print(
         f"train    {len(train_set)} images of {len(train_set.classes)} classes, {config.data.name}"
     )
-    print(f"{split:8} {len(test_set)} images of {len(test_set.classes)} {what} classes{raw}")
+    print(f"{split:8} {len(test_set)} images of {len(test_set.classes)} {which} classes{raw}")
     print(f"model    {config.model.backbone} to {config.model.embed_dim}, {size:,} parameters")
     print(f"run      {config.folder}", flush=True)
 

@@ -1,4 +1,4 @@
-"""Every loss that a run knows by name, and how to plug in your own.
+"""Build the loss of a run: one of those known by name, or your own.
 
 | loss | from | takes a miner |
 |---|---|---|
@@ -27,7 +27,7 @@ COMMON = (  # options of every loss of the paper
     *("concentration", "temperature", "learn_temperature", "guidance_weight"),
     *("bindev_alpha", "bindev_delta", "bindev_axis", "negative_share"),
 )
-OPTIONS = {  # further ones, by an op that the loss calls
+OPTIONS = {  # further options, by an op that the loss calls
     "vmf_rsample": ("n_samples", "temperature_outside"),
     "proxy_nca": ("normalizer", "projection", "precision", "workspace", "backend"),
 }
@@ -36,7 +36,7 @@ OPTIONS = {  # further ones, by an op that the loss calls
 def build_loss(
     config: LossConfig, num_classes: int, embed_dim: int, class_parallel: bool = False
 ) -> nn.Module:
-    """The loss of that name; all are called as `loss(embeddings, labels, seed=, image_offset=)`."""
+    """Build the loss; all are called as `loss(embeddings, labels, seed=, image_offset=)`."""
     _check(config, class_parallel)
     if config.name in PAPER_LOSSES:
         return _paper_loss(config, num_classes, embed_dim, class_parallel)
@@ -46,15 +46,15 @@ def build_loss(
 
 
 def check_loss(config: LossConfig, class_parallel: bool = False) -> None:
-    """Raise a RunError, before there is any data, for options that the loss refuses or ignores."""
+    """Raise a RunError, before any data is read, for options that the loss refuses or ignores."""
     _check(config, class_parallel)
-    if config.name in PAPER_LOSSES:  # two classes are as good as any
+    if config.name in PAPER_LOSSES:  # any number of classes will do
         with torch.random.fork_rng(devices=[]):
             _paper_loss(config, 2, 2, class_parallel=False)
 
 
 def loss_backends(config: LossConfig, device: torch.device) -> str:
-    """The backend of each op that the loss calls, or torch where it calls none."""
+    """Name the backend of each op that the loss calls, or torch if it calls none."""
     ops = PAPER_LOSSES[config.name][0].ops if config.name in PAPER_LOSSES else ()
     backend = config.backend if "proxy_nca" in ops else "auto"
     try:
@@ -65,7 +65,7 @@ def loss_backends(config: LossConfig, device: torch.device) -> str:
 
 
 def _check(config: LossConfig, class_parallel: bool) -> None:
-    """Raise a RunError for an option that this loss would silently go without."""
+    """Raise a RunError for an option that this loss would silently ignore."""
     name, paper = config.name, config.name in PAPER_LOSSES
     if config.miner != "none" and not (name in LOSSES and LOSSES[name].takes_miner):
         takers = ", ".join(other for other, entry in LOSSES.items() if entry.takes_miner)
@@ -133,7 +133,7 @@ class MetricLearningLoss(nn.Module):
 
     @torch.no_grad()
     def warmstart(self, embeddings: Tensor, labels: Tensor) -> None:
-        """Start every proxy at the mean direction of its class, its length kept.
+        """Start every proxy at the mean direction of its class, keeping its length.
 
         soft-triple keeps its random start: equal centres of a class would stay equal.
         """
@@ -179,7 +179,7 @@ def _metric_learning_loss(
         for name, value in learned.items()
         if name in inspect.signature(kind.__init__).parameters
     }
-    with _clear("--loss-options", config.name):
+    with _naming("--loss-options", config.name):
         match config.name:
             case "lifted":  # of raw embeddings, hence with a penalty on their length
                 fixed["distance"] = distances.LpDistance(normalize_embeddings=False)
@@ -200,16 +200,16 @@ def _metric_learning_loss(
     entry = MINERS[config.miner]
     kind = getattr(miners, entry.kind)
     options = _options("--miner-options", config.miner, entry, kind, config.miner_options)
-    with _clear("--miner-options", config.miner):
+    with _naming("--miner-options", config.miner):
         return MetricLearningLoss(loss, kind(**options))
 
 
 def _options(flag: str, name: str, entry: Entry, kind: type, text: str) -> dict[str, Any]:
-    """The defaults, overridden by the options given."""
-    own = inspect.signature(kind.__init__).parameters.values()
-    defaults = {p.name: p.default for p in own if p.default is not inspect.Parameter.empty}
+    """The entry's defaults, overridden by the options given."""
+    parameters = inspect.signature(kind.__init__).parameters.values()
+    defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
     defaults |= entry.defaults
-    defaults.pop("num_classes", None)  # of a loss that can do without
+    defaults.pop("num_classes", None)  # of losses to which it is optional
     given = json.loads(text)
     for key, value in given.items():
         if key not in defaults:
@@ -228,11 +228,12 @@ def _options(flag: str, name: str, entry: Entry, kind: type, text: str) -> dict[
 
 
 @contextlib.contextmanager
-def _clear(flag: str, name: str) -> Iterator[None]:
+def _naming(flag: str, name: str) -> Iterator[None]:
+    """Turn a constructor's error into a RunError that names the flag."""
     try:
         yield
     except (AssertionError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split()) or "values that it refuses"
+        reason = " ".join(str(error).split()) or "it refuses these values"
         raise RunError(f"{flag} of {name}: {reason}") from None
 
 
@@ -310,7 +311,7 @@ def _custom_loss(config: LossConfig, num_classes: int, embed_dim: int) -> nn.Mod
     return loss
 
 
-# --- common to both
+# --- shared
 
 
 def _full_precision(embeddings: Tensor) -> Tensor:
@@ -319,7 +320,7 @@ def _full_precision(embeddings: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def _seeded(seed: int | Tensor | None, device: torch.device) -> Iterator[None]:
-    """Random numbers that depend on the seed alone, and leave the others of the run as they are."""
+    """Draw random numbers from the seed alone, and leave the run's generators unchanged."""
     if seed is None:
         yield
         return
@@ -335,7 +336,7 @@ def _one_group(loss: nn.Module, lr: float) -> list[dict[str, Any]]:
 
 
 def _accepted(function: Callable[..., Any], **values: Any) -> dict[str, Any]:
-    """Those of the keyword arguments that the function has."""
+    """The keyword arguments that the function accepts."""
     parameters = inspect.signature(function).parameters
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         return values

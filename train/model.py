@@ -13,7 +13,7 @@ from train.config import ModelConfig, RunError
 
 
 class EmbeddingNet(nn.Module):
-    """A backbone and one linear embedding layer over bytes as images come from the decoder."""
+    """A backbone and one linear embedding layer, on uint8 images as the decoder returns them."""
 
     mean: Tensor
     std: Tensor
@@ -33,7 +33,7 @@ class EmbeddingNet(nn.Module):
         self.train()
 
     def forward(self, images: Tensor) -> Tensor:
-        """The embeddings [n, D], always float32, of images [n, C, H, W] of bytes."""
+        """Embed uint8 images [n, C, H, W]: [n, D], always float32."""
         z = self._unbounded(images)
         if self.config.max_norm is not None:
             z = z / (1 + torch.linalg.vector_norm(z, dim=1, keepdim=True) / self.config.max_norm)
@@ -51,7 +51,7 @@ class EmbeddingNet(nn.Module):
         return z
 
     def train(self, mode: bool = True) -> "EmbeddingNet":
-        """As of any module, but that frozen BatchNorm layers stay in eval mode.
+        """Switch the mode, but keep frozen BatchNorm layers in eval mode.
 
         Their weight and bias are trained, as in the paper's code; only the statistics are kept.
         """
@@ -62,23 +62,23 @@ class EmbeddingNet(nn.Module):
         return self
 
     def head_parameters(self) -> list[nn.Parameter]:
-        """Those of the embedding layer, which may have their own learning rate."""
+        """Parameters of the embedding layer, which may have its own learning rate."""
         return list(self.embedding.parameters())
 
     def backbone_parameters(self) -> list[nn.Parameter]:
-        """All others, which rest in the warm-up epochs."""
+        """All other parameters, which are not trained in the warm-up epochs."""
         return list(self.backbone.parameters())
 
     @torch.no_grad()
     def calibrate(self, images: Tensor, norm: float | None) -> None:
-        """Get ready to embed in eval mode, before any training: statistics, and a mean norm.
+        """Prepare to embed in eval mode before any training: BatchNorm statistics, a mean norm.
 
-        BatchNorm layers without a past take their statistics from these images; pretrained or
-        frozen ones keep theirs. Given a norm, the embedding layer is scaled so that the images'
-        embeddings have it on average, max_norm applied.
+        Untrained BatchNorm layers take their statistics from these images; pretrained or frozen
+        ones keep theirs. Given a norm, the embedding layer is scaled so that the images'
+        embeddings have it on average, after max_norm.
         """
         parts = math.ceil(len(images) / 250)
-        batches = [images[i::parts] for i in range(parts)]  # strided: all of many classes
+        batches = [images[i::parts] for i in range(parts)]  # strided: each has many classes
         if self.config.pretrained == "none" and not self.config.freeze_batchnorm:
             layers = self.batchnorms()
             momenta = [layer.momentum for layer in layers]
@@ -127,11 +127,11 @@ def build_model(
     mean_std: tuple[Tensor, Tensor] | None = None,
     image_size: int | None = None,
 ) -> EmbeddingNet:
-    """The network as configured, for square images of that size.
+    """Build the configured network, for square images of that size.
 
-    mean_std are those of the training images' channels, for a backbone that no other images have
-    seen (conv); without them the network waits for a state dict that holds them. A transformer's
-    position embeddings are made for image_size, or its own size by default.
+    mean_std, of the training images' channels, are for conv, which has seen no other images; leave
+    them out if a state dict that holds them is loaded next. A transformer's position embeddings are
+    made for image_size, or its own size by default.
     """
     if config.normalize_output and (config.init_norm or config.max_norm):
         flag = "--init-norm" if config.init_norm else "--max-norm"

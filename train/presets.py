@@ -1,4 +1,4 @@
-"""Named runs: values that the command line's flags override, and the result to expect."""
+"""Named runs: values that the command line's flags override, and results to expect."""
 
 from dataclasses import replace
 
@@ -69,7 +69,7 @@ for _preset, _epochs, _milestones, _gamma, _dim, _proxy, _conc, _kappa, _norm, _
     ("cub200-r50-512", 250, (31,), 0.1, 512, 5000, 20000, 18, 50, 5.0),
     ("cars196-r50-128", 300, (60, 80), 0.1, 128, 7500, 7500, 9, 12, 0.3),
     ("cars196-r50-512", 300, (105, 170), 0.2, 512, 5000, 20000, 22, 10, 0.1),
-    # This project's own choice, no result of the paper: Stanford Online Products has no released
+    # This project's own choice, not a result of the paper: Stanford Online Products has no released
     # command. Few images of each class and a hundred times the classes: fewer epochs, no guidance.
     ("sop-r50-128", 100, (40, 70), 0.3, 128, 5000, 20000, 9, 30, 0.0),
     ("sop-r50-512", 100, (40, 70), 0.3, 512, 5000, 20000, 18, 50, 0.0),

@@ -1,4 +1,4 @@
-"""The pictures of a run, and one page that holds them and the numbers."""
+"""The pictures of a run, and one HTML page with them and the numbers."""
 
 import base64
 import html
@@ -142,7 +142,7 @@ def gallery(
 def norm_against_degradation(
     norm: Tensor, degradation: Tensor | None, right: NDArray[np.bool_]
 ) -> Figure:
-    """Is the norm small where the image is bad, and recall high where the norm is large?"""
+    """Norm and recall@1 against degradation, if that is known, and recall@1 against the norm."""
     panels = 2 if degradation is None else 3
     figure = Figure(figsize=(4.4 * panels, 3.7), layout="constrained")
     first, *rest = figure.subplots(1, panels)
@@ -208,12 +208,12 @@ def png(figure: Figure) -> bytes:
 
 
 CAPTIONS = {
-    "certainty.png": "The length of an embedding says how sure the model is of an image. Green "
+    "certainty.png": "The norm of an embedding encodes how certain the model is of an image. Green "
     "frame: the nearest neighbour shows the same class; red: it does not.",
-    "norm.png": "Does the norm know how good an image is, and when retrieval will fail?",
-    "gallery.png": "Queries from all over the range of certainty, the surest on top, with their "
-    "nearest neighbours by cosine among the images evaluated on.",
-    "curves.png": "The course of the run.",
+    "norm.png": "How the norm follows the quality of an image, and predicts failed retrieval.",
+    "gallery.png": "Queries from the whole range of certainty, the most certain on top, with their "
+    "nearest neighbours by cosine among the evaluated images.",
+    "curves.png": "Loss and retrieval by epoch.",
 }
 CSS = """
 :root { color-scheme: light dark; --soft: #8882; }

@@ -1,4 +1,4 @@
-"""The folder of one run: its files, each of them always whole."""
+"""The folder of one run, whose files are replaced atomically."""
 
 import contextlib
 import csv
@@ -22,7 +22,7 @@ class RunFolder:
 
     @classmethod
     def open(cls, config: Config) -> "RunFolder":
-        """The run's folder; one that already holds something is only for --resume."""
+        """Open the run's folder; without --resume it must be empty or absent."""
         path = config.folder
         if path.exists() and not path.is_dir():
             raise RunError(f"--out {path} is a file, not a folder")
@@ -30,21 +30,21 @@ class RunFolder:
             raise RunError(
                 f"{path} is not empty: continue that run with --resume, or give another --out"
             )
-        for file in path.glob(".*.*.beside"):  # of a process that was killed while writing
+        for file in path.glob(".*.*.beside"):  # left by a process killed while writing
             file.unlink()
         return cls(path)
 
     def create(self, config: Config) -> None:
-        """Make the folder, with the configuration in it; late, so that bad data leave nothing."""
+        """Create the folder and config.json; called late, so that bad data leave no folder."""
         self.path.mkdir(parents=True, exist_ok=True)
         if not (self.path / "config.json").exists():
             stored = dataclasses.replace(config, resume=False)
             self.write("config.json", stored.to_json().encode())
 
     def write(self, name: str, content: bytes, keep: str | None = None) -> None:
-        """Write next to it and rename: at every moment the file is the old one or the new one.
+        """Write a file atomically: write a temporary one next to it, then rename that.
 
-        With `keep` the old one stays under that name.
+        With `keep`, the old file stays under that name.
         """
         target = self.path / name
         beside = target.with_name(f".{name}.{os.getpid()}.beside")
@@ -64,7 +64,7 @@ class RunFolder:
                 beside.unlink()
 
     def save(self, state: dict[str, Any], best: bool) -> None:
-        """Write the last checkpoint, and if it is, the best; the last one before is kept too."""
+        """Write the last checkpoint and, with `best`, the best; keep the previous one too."""
         buffer = io.BytesIO()  # torch.save to a full disk would raise an error that does not say so
         torch.save(state, buffer)
         if best:  # before the last: a kill in between repeats the epoch
@@ -72,7 +72,7 @@ class RunFolder:
         self.write(LAST, buffer.getvalue(), keep=PREVIOUS)
 
     def load(self, device: torch.device) -> dict[str, Any] | None:
-        """The last checkpoint that can be read, or None where there is none."""
+        """Load the newest readable checkpoint; None if there is none."""
         error = None
         for name in (LAST, PREVIOUS):
             if (self.path / name).exists():
@@ -82,14 +82,14 @@ class RunFolder:
                     error = error or unreadable
                     continue
                 if error:
-                    print(f"{error}: going on from {name}")
+                    print(f"{error}: continuing from {name}")
                 return state
         if error:
             raise error
         return None
 
     def drop_classes(self) -> None:
-        """Delete what no checkpoint refers to of the classes that are saved next to them."""
+        """Delete the class folders that no checkpoint refers to."""
         files = [self.path / name for name in (LAST, PREVIOUS, BEST)]
         needed = {
             torch.load(file, map_location="cpu", mmap=True, weights_only=True).get("classes")
@@ -101,7 +101,7 @@ class RunFolder:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def write_metrics(self, history: list[dict[str, float]]) -> None:
-        """metrics.csv, one row per epoch; last the seconds, which alone differ in equal runs."""
+        """Write metrics.csv, one row per epoch; seconds, which differ in equal runs, come last."""
         names = {name: None for row in history for name in row}  # not all epochs are evaluated
         ordered = sorted(names, key=lambda name: name.startswith("seconds_"))
         text = io.StringIO()
@@ -115,7 +115,7 @@ class RunFolder:
 
 
 def read_checkpoint(path: Path, device: torch.device) -> dict[str, Any]:
-    """What a checkpoint file holds."""
+    """Read a checkpoint file."""
     try:
         state = torch.load(path, map_location=device, weights_only=True)
         if not isinstance(state, dict):
@@ -129,7 +129,7 @@ def read_checkpoint(path: Path, device: torch.device) -> dict[str, Any]:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The rows of a metrics.csv, without what an epoch did not evaluate."""
+    """Read the rows of a metrics.csv; a row lacks the columns that its epoch did not evaluate."""
     try:
         with path.open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))

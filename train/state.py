@@ -1,4 +1,4 @@
-"""All that a checkpoint holds, and how it is written and read."""
+"""The state of a run, and how a checkpoint saves and loads it."""
 
 import math
 from dataclasses import dataclass, field
@@ -18,17 +18,17 @@ from train.run_folder import RunFolder
 
 @dataclass
 class State:
-    """All that a checkpoint holds: a run that loads it ends as if it had never stopped."""
+    """Everything that a checkpoint holds: a run that loads it ends as if it had never stopped."""
 
     model: EmbeddingNet
     loss: nn.Module
     optimiser: torch.optim.Optimizer
     schedule: LambdaLR
     scaler: torch.amp.GradScaler
-    epoch: int = 0  # that is done
-    step: int = 0  # of the next epoch, that is done
+    epoch: int = 0  # completed
+    step: int = 0  # completed, of the next epoch
     losses: float = 0.0  # sum over these steps
-    seconds: float = 0.0  # that they took
+    seconds: float = 0.0  # spent on these steps
     history: list[dict[str, float]] = field(default_factory=list)  # rows of metrics.csv
 
     def parts(self) -> list[tuple[str, Any]]:
@@ -40,32 +40,32 @@ class State:
         return {name: getattr(self, name) for name in names}
 
     def end_epoch(self, row: dict[str, float], metric: str) -> bool:
-        """Take in the epoch's row of metrics.csv; whether it is the best so far by a column."""
+        """Add an epoch's row of metrics.csv; return whether it is the best so far by `metric`."""
         best = max((r[metric] for r in self.history if metric in r), default=-math.inf)
         self.history.append(row)
         self.epoch, self.step, self.losses, self.seconds = self.epoch + 1, 0, 0.0, 0.0
         return row.get(metric, -math.inf) > best
 
     def save(self, config: Config, ranks: Ranks, folder: RunFolder, best: bool = False) -> None:
-        """Write a checkpoint, as the last one and, if it is, as the best."""
+        """Write the last checkpoint and, with `best`, the best."""
         content = {name: part.state_dict() for name, part in self.parts()}
         content |= {"torch_random": torch.get_rng_state(), "config": config.to_json()}
         if torch.cuda.is_available():
             content["cuda_random"] = torch.cuda.get_rng_state_all()
         content |= self.position()
-        if config.class_parallel:  # every process writes its classes, and this refers to them
+        if config.class_parallel:  # every process writes its classes; this names their folder
             name = f"classes-{self.epoch}-{self.step}"
             slices = self.loss.sharded_state_dict(self.optimiser)
             dcp.save(slices, checkpoint_id=folder.path / name, no_dist=ranks.size == 1)
             content |= {"classes": name, "loss": {}}
             content["optimiser"]["state"] = self.without_classes(content["optimiser"]["state"])
-        if ranks.first:
+        if ranks.is_main:
             folder.save(content, best)
             if config.class_parallel:
                 folder.drop_classes()
 
     def without_classes(self, state: dict[int, Any]) -> dict[int, Any]:
-        """An optimiser's state but for the loss's parameters, which are saved slice by slice."""
+        """Drop an optimiser's state of the loss's parameters, which is saved slice by slice."""
         own = {id(parameter) for parameter in self.loss.parameters()}
         every = [p for group in self.optimiser.param_groups for p in group["params"]]
         return {i: value for i, value in state.items() if id(every[i]) not in own}

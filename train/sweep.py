@@ -1,4 +1,4 @@
-"""Losses against each other: each tuned with equal effort, then run with several seeds."""
+"""Compare losses: tune each with equal effort, then run it with several seeds."""
 
 import contextlib
 import json
@@ -24,12 +24,12 @@ from train.report import REPORT
 from train.run_folder import RunFolder, read_metrics
 
 METRIC = "c_recall@1"
-TUNING_SEED = 1000  # of the trials: none of the final runs has it
+TUNING_SEED = 1000  # of the trials; the final runs have others
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A loss, and the ranges that its settings are drawn from, log-uniformly."""
+    """A loss, and the ranges from which its settings are drawn, log-uniformly."""
 
     loss: str
     temperature: tuple[float, float]
@@ -59,7 +59,7 @@ class Candidate:
 
 
 # Likelihoods and the squared distance have temperatures around 1; a cosine, far below. The last
-# candidate asks what a bound of the norm does to what the norm knows.
+# candidate shows what a bound of the norm does to its informativeness.
 LIKELIHOOD = (0.1, 4.0)
 TEMPERATURES = {"l2": (1.0, 64.0), "cos": (1 / 64, 0.25)}
 CANDIDATES = {
@@ -69,7 +69,7 @@ CANDIDATES = {
 
 
 def sweep(config: SweepConfig) -> None:
-    """Tune, run, and write trials.csv and the table and plot of the candidates."""
+    """Tune and run the candidates; write trials.csv, and their table and plot."""
     names = config.losses or tuple(CANDIDATES)
     for name in names:
         if name not in CANDIDATES:
@@ -143,7 +143,7 @@ def sweep(config: SweepConfig) -> None:
 
 
 def score(trial: Config) -> float:
-    """The validation metric; a trial that diverged has the worst."""
+    """The validation metric of a trial; -inf if it diverged."""
     try:
         return read_metrics(trial.folder / "metrics.csv")[-1][METRIC]
     except (RunError, KeyError):
@@ -170,7 +170,7 @@ def run_all(configs: list[Config], jobs: int, what: str) -> None:
 
 
 def is_finished(config: Config) -> bool:
-    """Whether a run was finished, or failed, with these settings; with others it is an error."""
+    """Whether a run has finished, or diverged, with these settings; others are an error."""
     folder = config.folder
     stored = folder / "config.json"
     if not stored.exists():

@@ -12,7 +12,7 @@ Log = Callable[[dict[str, float], int], None]
 
 @contextlib.contextmanager
 def trackers(config: Config, start: int) -> Iterator[Log]:
-    """What the configuration asks for; `start` is the number of epochs that are done already."""
+    """Open the configured trackers; `start` is the number of epochs already completed."""
     with contextlib.ExitStack() as stack:
         logs: list[Log] = []
         if config.tensorboard:
@@ -30,7 +30,7 @@ def trackers(config: Config, start: int) -> Iterator[Log]:
 
 
 def check(config: Config) -> None:
-    """Raise a RunError, before anything has begun, if a tracker is asked for and not installed."""
+    """Raise a RunError, before the run begins, if a configured tracker is not installed."""
     module = {"wandb": "wandb", "comet": "comet_ml"}.get(config.tracker)
     for flag, name in (
         (f"--tracker {config.tracker}", module),
@@ -51,7 +51,7 @@ def check(config: Config) -> None:
 def _tensorboard(stack: contextlib.ExitStack, folder: Path, start: int) -> Log:
     from torch.utils.tensorboard import SummaryWriter
 
-    # what an interrupted run wrote after its last checkpoint is dropped
+    # drops what an interrupted run wrote after its last checkpoint
     writer = SummaryWriter(str(folder), purge_step=start + 1 if start else None)
     stack.callback(writer.close)
 

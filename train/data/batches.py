@@ -14,7 +14,7 @@ from train.data.sets import ImageSet
 
 
 class Step(NamedTuple):
-    """A global batch, over all processes."""
+    """One global batch, over all processes."""
 
     indices: Tensor  # int64 [batch_size]
     seeds: Tensor  # int64 [batch_size], of the augmentation
@@ -22,10 +22,10 @@ class Step(NamedTuple):
 
 
 class ClassBalancedBatches:
-    """Batches of batch_size / samples_per_class draws of a class, and then of its images.
+    """Batches that draw batch_size / samples_per_class classes, and then images of each.
 
     Both draws are with replacement; an epoch is floor(n / batch_size) batches. A step is a pure
-    function of (seed, epoch, step), so that a run can be resumed at any of them.
+    function of (seed, epoch, step), so that a run can be resumed at any step.
     """
 
     def __init__(self, labels: Tensor, batch_size: int, samples_per_class: int, seed: int) -> None:
@@ -50,7 +50,7 @@ class ClassBalancedBatches:
         return self.length
 
     def epoch(self, epoch: int, skip: int = 0, limit: int | None = None) -> Iterator[Step]:
-        """The steps of an epoch: from `skip` on, and as if it had `limit` steps at most."""
+        """Yield an epoch's steps from number `skip` on, as if it had at most `limit` steps."""
         for step in range(skip, min(self.length, self.length if limit is None else limit)):
             random = np.random.default_rng((self.seed, epoch, step))
             drawn = random.integers(len(self.sizes), size=(self.shape[0], 1))
@@ -65,7 +65,7 @@ class Batch(NamedTuple):
 
     images: Tensor  # uint8 [m, channels, size, size]
     labels: Tensor  # int64 [m]
-    indices: Tensor  # int64 [m], as drawn, even where another image of the class stands in
+    indices: Tensor  # int64 [m], as drawn, even if another image of the class replaces one
     seed: int  # of the loss's sampler
     bad: list[str]  # images that cannot be read
 
@@ -83,7 +83,7 @@ def all_batches(
 ) -> Iterator[Batch]:
     """Images under the test transform, in order.
 
-    Bad images are left out, if they may be: a batch can be smaller than the others, and even empty.
+    If bad images are skipped, a batch can be smaller than the others, and even empty.
     """
     starts = range(0, len(indices), batch_size)
     work = ((list(indices[start : start + batch_size]), None, 0) for start in starts)
@@ -102,8 +102,8 @@ def _batches(
         sampler=work,
         num_workers=workers if images.images is None else 0,
         pin_memory=pin_memory,
-        worker_init_fn=_leave_interrupts,
-        generator=torch.Generator(),  # or it would draw from the global one
+        worker_init_fn=_ignore_interrupts,
+        generator=torch.Generator(),  # otherwise it would draw from the global one
     )
     try:
         for batch in loader:
@@ -136,6 +136,6 @@ class _Reader(Dataset[Batch | RunError]):
         return Batch(images, self.images.labels[taken], taken, seed, names)
 
 
-def _leave_interrupts(worker: int) -> None:
-    """Ctrl-C reaches every process: the main one ends the others, without their tracebacks."""
+def _ignore_interrupts(worker: int) -> None:
+    """Leave Ctrl-C, which reaches every process, to the main one: no tracebacks from workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

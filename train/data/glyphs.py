@@ -1,7 +1,7 @@
-"""The embedded data set: letters in matplotlib's fonts, blurred, noisy, covered to a known degree.
+"""The rendered data set: letters in matplotlib's fonts, blurred, noisy, occluded to a known degree.
 
-It lies on the disk as CUB200 does, `images/001.LATIN_SMALL_LETTER_Q/*.png` and so on, so that one
-loader reads both, with `degradation.csv` (path, degradation in [0, 1]) beside the images.
+Its layout is CUB200's, `images/001.LATIN_SMALL_LETTER_Q/*.png` and so on, so that one loader reads
+both; `degradation.csv` (path, degradation in [0, 1]) is next to `images`.
 """
 
 import csv
@@ -36,9 +36,9 @@ Array = NDArray[np.float64]
 
 
 def render_glyphs(data_root: Path, characters: int, images: int) -> Path:
-    """The folder of the glyph set under `data_root`, rendered there first unless it exists already.
+    """Return the folder of the glyph set under `data_root`, which is rendered if it is missing.
 
-    It is made in a temporary folder and renamed when whole: one cut short leaves nothing.
+    It is rendered into a temporary folder and renamed when complete: interruptions leave nothing.
     """
     folder = data_root / f"glyphs-v{VERSION}-{characters}x{images}"
     if folder.is_dir():
@@ -168,7 +168,7 @@ def _warped(image: Image.Image, rng: random.Random) -> Array:
 def _occluded(
     ink: Array, background: Array, area: float, rng: random.Random
 ) -> tuple[Array, Array]:
-    """A grey bar of `area` of the picture over the middle part, where it hurts."""
+    """Cover a share `area` of the picture by a grey bar, in its middle part, where it hurts."""
     aspect = math.exp(rng.uniform(-0.7, 0.7))
     height, width = (max(1, round(SIZE * math.sqrt(area) * side)) for side in (aspect, 1 / aspect))
     top, left = (rng.randrange(4, max(5, SIZE - 4 - side)) for side in (height, width))

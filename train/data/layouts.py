@@ -1,4 +1,4 @@
-"""Where the classes and images of a data set are, and how they are split."""
+"""Find the classes and images of a data set, and split them."""
 
 import re
 from collections.abc import Callable
@@ -32,7 +32,7 @@ class Known:
 
 
 def find_classes(config: DataConfig) -> tuple[Path, Path, dict[str, Classes]]:
-    """A data set's folder, the one that its paths start from, and its training and test classes."""
+    """Find a data set: its folder, the folder that paths are relative to, and its classes."""
     data_root = config.data_root.expanduser()
     if config.name == "glyphs":
         try:
@@ -84,7 +84,7 @@ def any_folders(root: Path) -> Found:
 
 
 def image_folders(root: Path, known: Known, skip_bad_images: bool) -> Found:
-    """Class folders in images/; bad images are met when they are read."""
+    """Class folders in images/; bad images are found when they are read."""
     return halves(root / "images")
 
 
@@ -96,8 +96,8 @@ def halves(folder: Path) -> Found:
 
 
 def class_folders(folder: Path, part: str = "") -> Classes:
-    """The class folders in folder/part: by the integer before the dot of "001.Name" if all have
-    one, and else by name."""
+    """The class folders in folder/part, ordered by the integer before the dot of "001.Name" if all
+    have one, otherwise by name."""
     if not (folder / part).is_dir():
         raise RunError(f"no folder {folder / part}: it must hold a folder of images for each class")
     names = [path.name for path in (folder / part).iterdir() if path.is_dir() and _is_own(path)]
@@ -122,7 +122,7 @@ def _is_own(path: Path) -> bool:
 
 
 def ebay_lists(root: Path, known: Known, skip_bad_images: bool) -> Found:
-    """The lists of Stanford Online Products; an image that is missing is a bad one."""
+    """The lists of Stanford Online Products; a missing image counts as a bad one."""
     folder = root / "images"
     parts = {part: listed_classes(root, part, known.advice) for part in ("train", "test")}
     if not skip_bad_images:
@@ -171,8 +171,8 @@ def check_files(folder: Path, parts: dict[str, Classes], advice: str) -> None:
 def split(classes: Classes, by: str, share: float) -> dict[str, Classes]:
     """Training classes divided into "train" and "validation".
 
-    By "class" the first `share` of them trains; by "samples" the first `share` of the images of
-    each, at least one.
+    By "class", the first `share` of the classes trains; by "samples", the first `share` of each
+    class's images, at least one.
     """
     if by == "class":
         count = round(share * len(classes))

@@ -1,6 +1,6 @@
 """Image sets, decoded and transformed.
 
-Images are bytes here: the model normalises them on its device. A file's transparency and its EXIF
+Images are uint8 here; the model normalises them on its device. A file's transparency and its EXIF
 orientation are ignored, as in the protocol's own pipeline.
 """
 
@@ -36,7 +36,7 @@ class ImageSet:
     test_transform: v2.Transform = field(repr=False)
     skip_bad_images: bool = False
     images: Tensor | None = None  # uint8 [n, channels, size, size] if they are kept in memory
-    warned: set[str] = field(default_factory=set, repr=False)  # of files that cannot be read
+    warned: set[str] = field(default_factory=set, repr=False)  # unreadable files already reported
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -44,7 +44,7 @@ class ImageSet:
     def batch(
         self, indices: Sequence[int] | Tensor, seeds: Sequence[int] | Tensor | None = None
     ) -> tuple[Tensor, list[int]]:
-        """Images uint8 [m, channels, size, size], and the indices of those that cannot be read.
+        """Read images, uint8 [m, channels, size, size]; also return the indices of unreadable ones.
 
         With seeds, one for each image, they are augmented: an image depends on its index and seed
         alone. Without, the test transform is applied. If bad images are skipped, the next readable
@@ -68,7 +68,7 @@ class ImageSet:
         return torch.cat(pixels), bad
 
     def subset(self, indices: Tensor) -> "ImageSet":
-        """The set of these images alone, of the same classes."""
+        """Keep these images alone; the classes stay the same."""
         return replace(
             self,
             labels=self.labels[indices],
@@ -78,7 +78,7 @@ class ImageSet:
         )
 
     def thumbnail(self, index: int, size: int) -> Image.Image:
-        """What a model sees of an image when it is evaluated, in colour, [size, size]."""
+        """An image as the model sees it in evaluation, in colour, [size, size]."""
         pixels, _ = self.batch([index])
         if not len(pixels):
             return Image.new("RGB", (size, size), "grey")
@@ -86,7 +86,7 @@ class ImageSet:
         return image.resize((size, size), Image.Resampling.BICUBIC)
 
     def warn_unreadable(self, files: list[str]) -> None:
-        """Say once of each file that it cannot be read."""
+        """Report each unreadable file once."""
         for file in files:
             if file not in self.warned:
                 self.warned.add(file)
@@ -106,17 +106,17 @@ class ImageSet:
         return None
 
     def _others(self, index: int) -> Iterator[int]:
-        """The other images of a class, from the one after `index` on, round to the one before."""
+        """The other images of a class, starting after `index` and wrapping round."""
         own = (self.labels == self.labels[index]).nonzero().flatten().tolist()
         place = own.index(index)
         yield from own[place + 1 :] + own[:place]
 
 
 def load(config: DataConfig, channels: int, crop: int | None = None) -> dict[str, ImageSet]:
-    """The sets "train", "test" and, if a validation split is asked for, "validation".
+    """Load the sets "train", "test" and, if a validation split is configured, "validation".
 
-    No class of the test set is in another. Images are read as grey (1 channel) or colour (3);
-    `crop` is the size that the backbone was made for, where that is not 224.
+    No test class is in another set. Images are read as grey (1 channel) or colour (3);
+    `crop` is the backbone's own image size, if that is not 224.
     """
     root, folder, parts = find_classes(config)
     if config.validation != "none":
@@ -146,7 +146,7 @@ def load(config: DataConfig, channels: int, crop: int | None = None) -> dict[str
 
 
 def transforms(augmentation: str, size: int) -> tuple[v2.Transform, v2.Transform]:
-    """What is done to Pillow's images to train on and to test on; both give [size, size].
+    """The transforms of Pillow's images for training and for testing; both give [size, size].
 
     A test image's shorter side becomes 256 before the centre is cut out at 224 to 256, the sizes of
     the protocol, and 8/7 of any other size.
@@ -165,7 +165,7 @@ def transforms(augmentation: str, size: int) -> tuple[v2.Transform, v2.Transform
 
 
 def decode(file: Path, channels: int) -> Image.Image:
-    """An image of any kind as grey (1 channel) or colour (3), or a RunError that names it."""
+    """Read an image of any kind as grey (1 channel) or colour (3); a RunError names a bad file."""
     try:
         with Image.open(file) as image:
             if image.mode.startswith("I"):  # 16 bits, which convert would cut off at 255
@@ -184,7 +184,7 @@ def decode(file: Path, channels: int) -> Image.Image:
 
 
 def in_memory(images: ImageSet, bar: "tqdm[None]") -> ImageSet:
-    """Decode every image; name bad ones and leave them out, if that is allowed."""
+    """Decode every image; report bad ones and leave them out, if that is allowed."""
     pixels = torch.empty(
         (len(images), images.channels, images.size, images.size), dtype=torch.uint8
     )

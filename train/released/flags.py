@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 
 class Flag(NamedTuple):
-    """A flag of the released code; a default of False is a switch, a list takes several values."""
+    """A flag of the released code; one with default False is a switch, a list takes several."""
 
     default: Any
     here: str  # Markdown: the option, or why there is none
@@ -92,7 +92,7 @@ FLAGS: dict[str, Flag] = {
     "loss_oproxy_init_dev": Flag(0.0, _UNREAD),
     "loss_oproxy_mode": Flag("anchor", "no counterpart: sums run over the images of a class"),
     "loss_oproxy_euclidean": Flag(False, "no counterpart: proxy-anchor compares cosines"),
-    "loss_oproxy_detach_proxies": Flag(False, "no counterpart; `--proxy-lr-mult 0` is near"),
+    "loss_oproxy_detach_proxies": Flag(False, "no counterpart; `--proxy-lr-mult 0` comes close"),
     "loss_oproxy_unique": Flag(False, "not needed: every class counts once"),
     # the paper's losses
     "loss_proxyvmf_guidance_w": Flag(0.0, "`--guidance-weight`"),
@@ -122,10 +122,10 @@ FLAGS: dict[str, Flag] = {
     "loss_npair_l2": Flag(0.005, "`--loss-options`: embedding_reg_weight"),
     "loss_angular_alpha": Flag(45.0, "`--loss-options`: alpha"),
     "loss_angular_npair_ang_weight": Flag(
-        2.0, "no counterpart: `--loss angular` is without an N-pair loss beside it"
+        2.0, "no counterpart: `--loss angular` has no added N-pair loss"
     ),
     "loss_angular_npair_l2": Flag(
-        0.005, "no counterpart: `--loss angular` is without an N-pair loss beside it"
+        0.005, "no counterpart: `--loss angular` has no added N-pair loss"
     ),
     "loss_multisimilarity_pos_weight": Flag(2.0, "`--loss-options`: alpha"),
     "loss_multisimilarity_neg_weight": Flag(40.0, "`--loss-options`: beta"),
@@ -161,7 +161,7 @@ FLAGS: dict[str, Flag] = {
     ),
     "miner_rho_distance_lower_cutoff": Flag(0.5, "`--miner-options`: cutoff"),
     "miner_rho_distance_upper_cutoff": Flag(1.4, "`--miner-options`: nonzero_loss_cutoff"),
-    "miner_rho_distance_cp": Flag(0.2, "no counterpart: no positives in the place of negatives"),
+    "miner_rho_distance_cp": Flag(0.2, "no counterpart: positives never stand in for negatives"),
     # batches
     "data_sampler": Flag("class_random", _SAMPLER),
     "samples_per_class": Flag(2, "`--samples-per-class`"),
@@ -205,17 +205,17 @@ LOSS_NAMES = {
     "histogram": "",
     "adversarial_separation": "",
 }
-MINER_NAMES = {  # and what is lost
+MINER_NAMES = {  # released name: (name here, what is lost)
     "distance": ("distance-weighted", ""),
     "semihard": ("semihard", ""),
-    "softhard": ("hard", "hard takes every triplet that violates the order, not one of each image"),
-    "random": ("none", "all triplets of the batch in the place of random ones"),
+    "softhard": ("hard", "hard takes every triplet that violates the order, not one per image"),
+    "random": ("none", "all triplets of the batch instead of random ones"),
     "npair": ("none", ""),  # the losses that take it form these tuples themselves
     "lifted": ("none", ""),
-    "rho_distance": ("distance-weighted", "no positives in the place of negatives"),
+    "rho_distance": ("distance-weighted", "positives never stand in for negatives"),
     "random_distance": ("distance-weighted", "labels are not shuffled"),
-    "intra_random": ("none", "no tuples of one class"),
-    "parametric": ("none", "it reads flags that the released parser does not have"),
+    "intra_random": ("none", "no tuples within one class"),
+    "parametric": ("none", "it reads flags that the released parser lacks"),
 }
 
 

@@ -17,12 +17,12 @@ _MINED = ("triplet", "margin", "contrastive", "snr")
 
 
 def translate(command: str) -> str:
-    """The equivalent `python -m train ...`, after a comment line for what cannot be had.
+    """Return the equivalent `python -m train ...`, after comments on flags without counterpart.
 
-    It starts from the preset that is nearest and spells out the rest.
+    The command starts from the nearest preset and spells out the differences.
 
     Raises:
-        RunError: unknown flags and values, a loss that has no counterpart.
+        RunError: unknown flags and values, a loss without counterpart.
     """
     given = _parse(command)
     old = {name: flag.default for name, flag in FLAGS.items()} | given
@@ -49,14 +49,14 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parse(command: str) -> dict[str, Any]:
-    """The flags given, with their values."""
-    try:  # a backslash before the line's end, even with a space after it or none before
+    """Parse the flags given, with their values."""
+    try:  # join continued lines, even with a space after the backslash or none before it
         words = shlex.split(re.sub(r"\\[ \t]*(\n|$)", " ", command), comments=True)
     except ValueError as error:
         raise RunError(f"the released code's command line: {error}") from None
     starts = [i for i, word in enumerate(words) if word.endswith("main.py")]
     if len(starts) > 1:
-        raise RunError("the released code's command line: one command at a time, please")
+        raise RunError("the released code's command line: give one command at a time")
     if starts:
         words = words[starts[0] + 1 :]
     parser = _Parser(add_help=False, argument_default=argparse.SUPPRESS)
@@ -68,7 +68,7 @@ def _parse(command: str) -> dict[str, Any]:
         else:
             options = {"nargs": "+"} if several else {}
             variable = name in ("gpu", "seed")
-            parser.add_argument(f"--{name}", type=_or_variable if variable else kind, **options)
+            parser.add_argument(f"--{name}", type=_int_or_variable if variable else kind, **options)
     given, unknown = parser.parse_known_args(words)
     if unknown:
         hint = nearest(unknown[0], [f"--{name}" for name in FLAGS])
@@ -76,13 +76,13 @@ def _parse(command: str) -> dict[str, Any]:
     return vars(given)
 
 
-def _or_variable(text: str) -> int | str:
-    """A number, or a variable of the shell, which the translation keeps."""
+def _int_or_variable(text: str) -> int | str:
+    """A number, or a shell variable, which the translation keeps."""
     return text if text.startswith("$") else int(text)
 
 
 def _wanted(old: dict[str, Any], given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-    """The values that matter, by this project's flags, and notes by the released ones."""
+    """The values that matter, by this project's flags, and notes by released flags."""
     name = _one_of("loss", old["loss"], LOSS_NAMES)
     loss, notes = LOSS_NAMES[name], {}
     if not loss:
@@ -104,7 +104,7 @@ def _wanted(old: dict[str, Any], given: dict[str, Any]) -> tuple[dict[str, Any],
 
 
 def _prefixes(loss: str) -> tuple[str, ...]:
-    """Of the flags that a released loss reads."""
+    """Prefixes of the flags that a released loss reads."""
     if LOSS_NAMES[loss] not in LOSSES:
         return (
             ("loss_proxyvmf_", "loss_oproxy_") if loss == "proxyvmf_panc" else ("loss_proxyvmf_",)
@@ -119,7 +119,7 @@ def _general(old: dict[str, Any], given: dict[str, Any], notes: dict[str, str]) 
     if backbone is None:
         raise RunError(f"--arch is {arch!r}, but must name resnet50, googlenet or bninception")
     if "_he" in arch:
-        notes["arch"] = "no counterpart for _he: the embedding layer starts as PyTorch has it"
+        notes["arch"] = "no counterpart for _he: the embedding layer starts with PyTorch's defaults"
     if old["not_pretrained"] and backbone != "resnet50":
         notes["not_pretrained"] = f"the released code ignores it for {backbone}; honoured here"
     within = tuple(epoch for epoch in old["tau"] if epoch < old["n_epochs"])
@@ -310,7 +310,7 @@ def _inherited(name: str, loss: str, old: dict[str, Any], notes: dict[str, str])
 
 
 def _changed(known: dict[str, Any], name: str, **options: Any) -> str:
-    """As JSON, the options that are not the default."""
+    """The options that differ from the defaults, as JSON."""
     defaults = known[name].defaults
     return json.dumps({key: v for key, v in options.items() if v != defaults[key]})
 
