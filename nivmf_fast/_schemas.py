@@ -18,8 +18,8 @@ PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 class Options(NamedTuple):
     """Options of log-PPK: the last arguments of its ops, in this order."""
 
-    exact: bool  # the exact normaliser, or the research code's
-    projection: bool  # (K mu).(K x)/|K x|, or (K mu).x
+    exact: bool  # normaliser; False: the research code's
+    projection: bool  # score with (K mu).(K x)/|K x|; False: with (K mu).x
     precision: int  # index into PRECISIONS: the stable ABI has no strings
     workspace: int  # bytes of scratch, and of scores kept for the backward
     keep: bool  # whether a backward follows, so that scores are worth keeping

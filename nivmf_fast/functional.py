@@ -1,7 +1,7 @@
 """The public functions: what they compute, what they accept, and the errors they raise.
 
 B images with N samples each, P proxies, dimension D, temperature T. Every function takes float32
-or float64 tensors of any strides; half-precision inputs are converted to float32.
+or float64 tensors of any strides; half-precision inputs are converted to, and give, float32.
 """
 
 import math

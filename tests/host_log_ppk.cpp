@@ -49,13 +49,13 @@ int64_t host_copies() { return host::copies; }
     return nivmf::proxy_nca_backward_cuda(*s, *in, grad, partial, saved, scratch, *out, nullptr); \
   }                                                                                               \
   int log_ppk_##name(const nivmf::LogPpkSizes* s, const nivmf::LogPpkInputs<T>* in, T* out,       \
-                     T* rest, double* common, void* scratch) {                                    \
-    return nivmf::log_ppk_cuda(*s, *in, out, rest, common, scratch, nullptr);                     \
+                     T* saved, double* common, void* scratch) {                                   \
+    return nivmf::log_ppk_cuda(*s, *in, out, saved, common, scratch, nullptr);                    \
   }                                                                                               \
   int log_ppk_backward_##name(const nivmf::LogPpkSizes* s, const nivmf::LogPpkInputs<T>* in,      \
-                              const T* grad, const T* rest, void* scratch,                        \
+                              const T* grad, const T* saved, void* scratch,                       \
                               const nivmf::LogPpkGradients<T>* out) {                             \
-    return nivmf::log_ppk_backward_cuda(*s, *in, grad, rest, scratch, *out, nullptr);             \
+    return nivmf::log_ppk_backward_cuda(*s, *in, grad, saved, scratch, *out, nullptr);            \
   }
 
 NIVMF_HOST(float, f32)
