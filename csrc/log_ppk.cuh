@@ -1,4 +1,4 @@
-// The score z of a pair, a sample row x and a proxy j (`score` in nivmf_fast/reference/log_ppk.py):
+// The score z of a pair, a sample row x and a proxy j (`score` in nivmf_fast/reference/model.py):
 //   z = num / sqrt(1 + delta) - (D/2) log1p(delta) + bias,  num = x . linear_j,
 //   delta = (x o x) . spread_j.  In: samples [N, B, D], a panel of prepared proxies.
 // Out: num and delta of a tile of kTile x kTile pairs, in shared memory. Called by

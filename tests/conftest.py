@@ -1,4 +1,4 @@
-"""What tests share: the backends present on this machine, golden values, and small image sets."""
+"""Shared by the tests: the backends present on this machine, golden values, small image sets."""
 
 import itertools
 import json
@@ -16,7 +16,7 @@ import nivmf_fast
 if "PYTEST_XDIST_WORKER" in os.environ:  # a worker per core: threads would only wait for each other
     torch.set_num_threads(1)
 
-# Files whose tests share what takes long to make: a worker runs all of such a file.
+# Files whose tests share slow fixtures: one worker runs all tests of such a file.
 TOGETHER = {
     *("test_commands.py", "test_data_parallel.py", "test_distributed.py"),
     *("test_log_ppk_cuda.py", "test_train.py", "test_triton_log_ppk.py", "test_triton_sampler.py"),
@@ -37,9 +37,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 GOLDEN = Path(__file__).parent / "golden"
 
-# What float32 gradients may err in relative L2 beyond twice eager code where their products run on
-# tensor cores (CUDA with more than 512 proxies, Triton). A number is there two bfloat16 planes of 8
-# bits: each operand keeps a residual of at most 2^-17, and the product of the two low planes,
+# Relative L2 error allowed in float32 gradients, beyond twice eager code's, if products run on
+# tensor cores (CUDA with more than 512 proxies, Triton). Numbers are two bfloat16 planes of 8 bits
+# there: each operand keeps a residual of at most 2^-17, and the product of the two low planes,
 # at most 2^-16, is left out: 2^-15 at worst, and 2^-18 as a root mean square over random mantissas,
 # which is what a sum of many terms shows. The last factor is for terms that cancel: d_concentration
 # is a difference of two such products, and 2.6 is the largest factor measured on the host. Scores
@@ -59,7 +59,7 @@ def device_of(backend: str) -> str:
     return "cpu" if backend in ("reference", "cpu") else "cuda"
 
 
-@pytest.fixture(params=["reference", "cpu", "cuda", "triton"])
+@pytest.fixture(params=list(nivmf_fast.backends()))
 def backend(request: pytest.FixtureRequest) -> str:
     device_of(request.param)
     return str(request.param)

@@ -92,7 +92,7 @@ def test_the_backends_asked_for_are_timed_and_others_refused(
         command.main([*small, "--backend", "cuda"])
 
 
-def test_a_file_that_is_none_is_refused(tmp_path: Path) -> None:
+def test_another_file_than_results_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "old.json"
     for content in ("{", "[]", "{}"):
         file.write_text(content)
@@ -135,6 +135,19 @@ def test_every_case_has_its_figures(monkeypatch: pytest.MonkeyPatch) -> None:
         if found["case"] != "matrix products only":
             assert max(found["errors"].values()) < 1e-4 and found["repeats"]
     assert report.case_table(timed.result).count("\n|") == len(rows) + 2
+
+
+@pytest.mark.parametrize("op", ["proxy_nca", "log_ppk"])
+def test_every_case_of_an_op_computes_the_same(op: str) -> None:
+    problem = Problem(op, TINY.shape, 0.1, "cpu")
+    want = cases.tangential(cases.truth(problem), problem)
+    names = []
+    for name, make in cases.CASES[op](problem):
+        if name not in ("torch.compile", "matrix products only"):
+            errors = timing.relative_errors(cases.tangential(make()(), problem), want)
+            assert len(errors) == 5 and max(errors.values()) < 1e-4, name
+            names.append(name)
+    assert "per-image loop" in names and len(names) >= 2
 
 
 @pytest.mark.parametrize("heavy", [False, True])
@@ -335,11 +348,11 @@ def part(name: str, code: str, **options: Any) -> gpu.Part:
 def test_a_part_that_fails_or_takes_too_long_leaves_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By a clock of the test's: a part takes a second, or hangs, and its time is over at once."""
+    """With a fake clock: a part takes a second; if it hangs, its time is over at once."""
     given = results(row("nivmf_fast (cuda)", 1.0))
     gives = f"import sys; open(sys.argv[2], 'w').write({json.dumps(given)!r})"
     alive, hung = tmp_path / "alive", tmp_path / "hung"
-    os.mkfifo(alive)  # which ends when whoever holds it has
+    os.mkfifo(alive)  # reaches its end when its last writer has ended
     reader = os.open(alive, os.O_RDONLY | os.O_NONBLOCK)
     hangs = f"; import time; open({str(hung)!r}, 'w'); time.sleep(600)"
     child = f"held = open({str(alive)!r}, 'w'){hangs}"

@@ -1,4 +1,4 @@
-"""Building, installing and explaining: what a user's machine does, in throw-away copies."""
+"""Build, install and report as on a user's machine, in throw-away copies."""
 
 import json
 import math
@@ -56,7 +56,7 @@ def build_wheel(source: Path, into: Path, **variables: str) -> subprocess.Comple
 
 
 def copy_package(into: Path) -> None:
-    """What a build reads, without csrc and without anything built."""
+    """Copy the files that a build reads, without csrc and without anything built."""
     ignored = shutil.ignore_patterns("_C_*", "_build_info.json", "__pycache__")
     shutil.copytree(ROOT / "nivmf_fast", into / "nivmf_fast", ignore=ignored)
     for file in ROOT.iterdir():

@@ -1,4 +1,4 @@
-"""What `python -m train` does beside one run: seeds, evaluate, compare, sweep, translate."""
+"""`python -m train` apart from single runs: seeds, evaluate, compare, sweep, translate."""
 
 import csv
 import json
@@ -243,7 +243,7 @@ def test_a_sweep_tunes_on_the_training_half_and_then_runs_the_best(
     assert math.isfinite(float(rows[0]["spearman_norm_degradation"]))
 
 
-def test_sweep_runs_go_to_processes_and_what_has_ended_is_not_repeated(tmp_path, data_root):
+def test_sweep_runs_go_to_processes_and_finished_ones_are_not_repeated(tmp_path, data_root):
     base = sweep.PRESETS["glyphs-tiny"]
     values = {"epochs": 1, "limit_batches": 1, "tensorboard": False, "device": "cpu"}
     data = type(base.data)(**{**vars(base.data), "data_root": data_root})

@@ -33,7 +33,7 @@ def test_a_smaller_set_is_part_of_a_larger_one(tmp_path):
         assert name == "degradation.csv" or large_files[name] == data
 
 
-def test_the_layout_is_that_of_cub200_with_degradation_beside(tmp_path):
+def test_the_layout_is_that_of_cub200_with_degradation_next_to_it(tmp_path):
     folder = glyphs.render_glyphs(tmp_path, 12, 3)
     names = sorted(path.name for path in (folder / "images").iterdir())
     assert [int(name.split(".")[0]) for name in names] == list(range(1, 13))

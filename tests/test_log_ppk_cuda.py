@@ -1,7 +1,7 @@
 """The CUDA log-PPK: compiled without spills, right on the host (tests/cuda_on_host.h) and on a GPU.
 
 On the host the very kernels and launchers run thread by thread, tensor-core products included, and
-are held against the float64 reference; what is left for a GPU is the hardware's own arithmetic.
+are compared with the float64 reference; only the hardware's own arithmetic is left for a GPU.
 """
 
 import ctypes
@@ -31,7 +31,7 @@ ARCHITECTURES = ("sm_80", "sm_90")
 
 @pytest.fixture(scope="session")
 def ptxas_report(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """What ptxas says of every kernel: from the build if that is newer than the sources."""
+    """ptxas' report on every kernel: from the build if that is newer than the sources."""
     built = ROOT / "build" / "ptxas.txt"
     newest = max(file.stat().st_mtime for file in (ROOT / "csrc").glob("*"))
     if built.exists() and built.stat().st_mtime > newest:

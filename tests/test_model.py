@@ -35,7 +35,7 @@ def backbone_state(net: EmbeddingNet) -> dict[str, Tensor]:
 
 
 class Halving(nn.Module):
-    """A backbone of one's own that ends in a map."""
+    """A custom backbone that ends in a map."""
 
     def __init__(self) -> None:
         super().__init__()

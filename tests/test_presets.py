@@ -36,7 +36,7 @@ def test_a_preset_trains_and_evaluates(preset, trees, tmp_path, monkeypatch):
         assert (out / "gallery.png").stat().st_size > 10_000
 
 
-def test_presets_are_named_as_they_say_and_possible():
+def test_presets_carry_their_names_and_pass_their_checks():
     for name, preset in PRESETS.items():
         assert preset.preset == name
         preset.check()

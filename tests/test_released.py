@@ -82,7 +82,7 @@ def parsed(command: str) -> Config:
 
 
 def changed(command: str) -> dict[str, object]:
-    """What the translated command sets apart from its preset."""
+    """The differences between the translated command and its preset."""
     config = parsed(command)
     preset = by_flag(PRESETS[config.preset])
     return {flag: v for flag, v in by_flag(config).items() if v != preset[flag]}
@@ -90,7 +90,7 @@ def changed(command: str) -> dict[str, object]:
 
 @pytest.mark.parametrize("preset", RELEASED_RUNS)
 def test_the_released_runs_are_the_presets(preset: str) -> None:
-    """Field by field, besides where the data, the device, the files and the tracker are."""
+    """Field by field, apart from data folder, device, output and tracker."""
     config = parsed(f"python main.py {COMMON} {RELEASED_RUNS[preset]}")
     assert config.preset == preset
     released, shipped = asdict(config), asdict(PRESETS[preset])
@@ -104,7 +104,7 @@ def test_the_released_runs_are_the_presets(preset: str) -> None:
     assert config.data.data_root == Path("$parent_folder")
 
 
-def test_every_released_run_is_a_preset_and_the_others_are_ones_own() -> None:
+def test_every_released_run_is_a_preset_and_the_others_are_this_projects() -> None:
     assert set(PRESETS) - set(RELEASED_RUNS) >= {"glyphs", "sop-r50-128", "sop-r50-512"}
     assert set(RELEASED_RUNS) <= set(PRESETS)
 

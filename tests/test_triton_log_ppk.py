@@ -1,8 +1,8 @@
 """Triton log-PPK: every shipped configuration compiles without spills, and agrees with float64.
 
-Without a GPU the kernels run in Triton's interpreter, in a process of its own: it must know before
-triton is imported. Planes are float32 there, rounded to bfloat16, so that the precision modes are
-computed as on the GPU, but for the tensor cores' own rounding.
+Without a GPU the kernels run in Triton's interpreter, in a separate process, because it must be
+switched on before triton is imported. Planes are float32 there, rounded to bfloat16, so that the
+precision modes are computed as on the GPU, apart from the tensor cores' own rounding.
 """
 
 import importlib.util

@@ -1,9 +1,9 @@
 """The Triton sampler: compiled ahead of time, interpreted on the CPU, and run where a GPU is.
 
-What every backend must satisfy is in test_vmf_rsample.py, for this one too where a GPU is. The
-interpreter must be switched on before triton is imported, so a second process, this file run as a
-script, makes the interpreted calls: few programs of many rows, for it takes its time by the
-operation and not by the element.
+test_vmf_rsample.py has the tests of every backend, which include this one on a GPU. The interpreter
+must be switched on before triton is imported, so a second process, this file run as a script, makes
+the interpreted calls: few programs of many rows, since its time depends on the number of operations
+and not of elements.
 """
 
 import functools
@@ -242,7 +242,7 @@ def calls() -> dict[tuple[Any, ...], tuple[str, tuple[Any, ...]]]:
 def run(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., tuple[Tensor, ...]]:
-    """What a call gives, by its key."""
+    """The results of a call, by its key."""
     if request.param == "cuda":
         return lambda *key: call(*calls()[key], "cuda")
     folder = tmp_path_factory.getbasetemp()

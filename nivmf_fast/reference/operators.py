@@ -13,7 +13,7 @@ from torch import Tensor
 from nivmf_fast import special
 from nivmf_fast._partials import loss_of_partial
 from nivmf_fast._schemas import Options
-from nivmf_fast.reference.log_ppk import Proxies, log_sum, own_proxy, prepare_proxies, score
+from nivmf_fast.reference.model import Proxies, log_sum, own_proxy, prepare_proxies, score
 
 
 def log_ppk_forward(
