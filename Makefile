@@ -2,11 +2,12 @@
 # make demo     train, evaluate and report on rendered glyphs (a few minutes, no data set, no GPU)
 # make test     lint and every test
 # make lint     ruff, mypy, clang-format
-# make bench    every figure that a CPU can show, to benchmarks/results (6 minutes, best undisturbed)
-# make gpu      where a GPU, torch and nvcc are and nothing may be installed: with $(PYTHON), build
-#               in place, test every backend, measure; 9 minutes at most, each part in its own time
+# make bench    all measurements on a CPU, to benchmarks/results (6 minutes, on an idle machine)
+# make gpu      for machines with a GPU, torch and nvcc where nothing can be installed: build in place
+#               with $(PYTHON), test every backend, measure; each part has a time limit, 9 minutes in
+#               all
 # make gpu-quick   the same in 3 minutes: build, tests, headline figures
-# make clean    remove what was built (make distclean: the virtual environment too)
+# make clean    remove build products (make distclean: the virtual environment too)
 #
 # PYTHON=python3.12 chooses the interpreter of a new .venv; ARGS="..." goes to the demo, pytest or
 # the benchmarks.
@@ -52,8 +53,8 @@ gpu:
 gpu-quick:
 	$(PYTHON) -m benchmarks gpu --quick $(ARGS)
 
-# torch comes first because the kernels are compiled against the torch that is installed; without
-# build isolation setuptools is the pinned one too. An edit of the kernels alone only rebuilds.
+# torch comes first, because the kernels are compiled against the installed torch; without build
+# isolation setuptools is the pinned one too. If only kernels have changed, they are just rebuilt.
 RESOLVE = $(filter $(REQUIREMENTS),$?)
 $(INSTALLED): $(RUN) $(VENV)/.switches $(KERNELS) setup.py $(REQUIREMENTS)
 	$(if $(RESOLVE),$(PIP) -c $(CONSTRAINTS) setuptools torch)
@@ -76,7 +77,7 @@ $(RUN):
 	elif command -v uv > /dev/null; then uv venv --quiet --seed -p $(PYTHON) $(VENV); \
 	else $(call FAIL,$(PYTHON) has no venv module; try: sudo apt install python3-venv); fi
 
-# The library does without a compiler; some tests compile device code for the host.
+# The library works without a compiler, but some tests compile device code for the host.
 compiler: | $(RUN)
 	@command -v $(firstword $(CXX)) > /dev/null \
 	  || $(call FAIL,the tests need a C++ compiler; try: sudo apt install g++)

@@ -1,16 +1,16 @@
-"""Builds the kernel libraries nivmf_fast/_C_cpu.so and _C_cuda.so; pyproject.toml has the rest.
+"""Builds the kernel libraries nivmf_fast/_C_cpu.so and _C_cuda.so; the rest is in pyproject.toml.
 
 Both use only LibTorch's stable ABI, so that a library built against one torch loads under every
-later one and on any Python; they register operators when `torch.ops.load_library` opens them and
-are not Python modules. A library that cannot be built is left out with a warning, and the package
-then runs on pure PyTorch. Two environment variables decide:
+later one and on any Python. They are not Python modules: they register operators when
+`torch.ops.load_library` opens them. A library that cannot be built is left out with a warning, and
+the package then runs on pure PyTorch. Two environment variables control this:
 
     NIVMF_CUDA=auto|1|0    auto (default) builds _C_cuda if nvcc and a CUDA torch are there;
                            1 makes it an error if they are not; 0 leaves it out
     NIVMF_REQUIRE_EXT=0|1  1 makes every failed build an error
 
-What was built, with what, and why the rest was not is kept in nivmf_fast/_build_info.json. CUDA
-architectures follow torch's own TORCH_CUDA_ARCH_LIST.
+nivmf_fast/_build_info.json records what was built and with which tools, and why the rest was not.
+TORCH_CUDA_ARCH_LIST sets the CUDA architectures, as in torch.
 """
 
 import json
@@ -43,7 +43,7 @@ REBUILD = (
 
 
 class Unavailable(Exception):
-    """Something that a library is built with is not there."""
+    """A tool or library that the build needs is missing."""
 
     def __init__(self, reason: str, remedy: str) -> None:
         super().__init__(reason)
@@ -62,7 +62,7 @@ def switch(name: str, allowed: tuple[str, ...]) -> str:
 
 
 class Torch:
-    """The installed torch, located and not imported: only its headers and libraries are needed."""
+    """The installed torch, located but not imported: only its headers and libraries are needed."""
 
     def __init__(self) -> None:
         self.root = self._locate()
@@ -92,7 +92,7 @@ class Torch:
 
 
 class Nvcc:
-    """The CUDA compiler: of CUDA_HOME, PATH, /usr/local/cuda or the pip packages beside torch."""
+    """The CUDA compiler, of CUDA_HOME, PATH, /usr/local/cuda or the pip packages next to torch."""
 
     def __init__(self, torch: Torch) -> None:
         homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
@@ -112,15 +112,15 @@ class Nvcc:
         return match[1] if (match := re.search(r"V([\d.]+)", text)) else "unknown"
 
     def library_dirs(self) -> list[str]:
-        """Where cudart is: nvcc knows, even when it is a wrapper script far from its toolkit."""
+        """The folders of cudart. nvcc knows them, even as a wrapper script far from its toolkit."""
         command = [self.path, "--dryrun", "-c", "any.cu"]
         text = subprocess.run(command, capture_output=True, text=True).stderr
         found = re.findall(r'"-L([^"]+)"', text)
-        # The pip packages put it into lib, where their nvcc says lib64.
+        # The pip packages put it in lib, although their nvcc says lib64.
         return found + [path.replace("/lib64", "/lib") for path in found]
 
     def compile(self, architectures: str, source: Path, target: Path) -> str:
-        """Compiles one file and returns what ptxas says about its kernels."""
+        """Compile one file; return ptxas's report on its kernels."""
         command = [self.path, "-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden"]
         command += ["-Xptxas=-v", *gencode(architectures), "-c", str(source), "-o", str(target)]
         say(" ".join(command))
@@ -144,7 +144,7 @@ def gencode(architectures: str) -> list[str]:
 
 
 class BuildKernels(build_ext):
-    """Builds what can be built, says why the rest was not, and writes both down for the library."""
+    """Builds what can be built, and records it for the library with the reasons for the rest."""
 
     def get_ext_filename(self, fullname: str) -> str:
         return str(Path(*fullname.split(".")).with_suffix(".so"))  # no Python ABI in it
@@ -177,7 +177,7 @@ class BuildKernels(build_ext):
             fatal = demanded or strict
         if fatal:
             raise SystemExit(f"nivmf-fast: {name} is required, but {reason}\n  try: {remedy}")
-        say(f"WARNING: {name} is left out: {reason}\n  to have it: {remedy}")
+        say(f"WARNING: {name} is left out: {reason}\n  to build it: {remedy}")
         self.info["off"][name], self.info["remedy"][name] = reason, remedy
         return False
 
@@ -193,9 +193,9 @@ class BuildKernels(build_ext):
         target = (OLDEST_TORCH[0] << 56) | (OLDEST_TORCH[1] << 48)
         ext.define_macros.append(("TORCH_TARGET_VERSION", f"{target:#x}"))
         ext.extra_compile_args += ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden"]
-        # else no loop with a square root or with a selection is vectorised
+        # without these no loop with a square root or a selection is vectorised
         ext.extra_compile_args += ["-fno-math-errno", "-fno-trapping-math"]
-        if sys.platform == "linux":  # a kernel that is missing fails here and not when loaded
+        if sys.platform == "linux":  # a missing kernel fails here, not when the library is loaded
             ext.extra_link_args.append("-Wl,--no-undefined")
 
     def configure_cuda(self, ext: Extension) -> None:
@@ -224,7 +224,7 @@ class BuildKernels(build_ext):
         ext.extra_objects += map(str, compiled)
         ext.define_macros.append(("USE_CUDA", None))  # opens the CUDA part of torch's stable header
         ext.library_dirs += nvcc.library_dirs()
-        # A static cudart whose symbols stay inside: torch may bring another version of it.
+        # A static cudart with hidden symbols, because torch may bring another version of it.
         ext.extra_link_args += ["-l:libcudart_static.a", "-Wl,--exclude-libs,ALL"]
         ext.extra_link_args += ["-lrt", "-lpthread", "-ldl"]
 

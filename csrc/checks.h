@@ -1,5 +1,5 @@
-// Argument checks of the kernel ops: the last line of defence for calls that do not come through
-// nivmf_fast.functional, which explains more. Nothing here reads tensor values.
+// Argument checks of the kernel ops, for calls that bypass nivmf_fast.functional and its fuller
+// messages. Nothing here reads tensor values.
 #pragma once
 
 #include <cstdint>
@@ -42,7 +42,7 @@ std::string to_text(ScalarType dtype, const Sizes& sizes) {
   return text.str();
 }
 
-// A contiguous tensor of this dtype and shape on the device of `anchor`.
+// Checks for a contiguous tensor of this dtype and shape on the device of `anchor`.
 inline void check_tensor(const char* name, const Tensor& tensor, const Tensor& anchor,
                          ScalarType dtype, std::initializer_list<int64_t> sizes) {
   const auto actual = tensor.sizes();
@@ -66,7 +66,7 @@ inline ScalarType floating_dtype(const char* name, const Tensor& tensor) {
   return dtype;
 }
 
-// Calls f with a zero of the tensor's type, float or double; the tensor has passed floating_dtype.
+// Calls f with a zero of the tensor's type, float or double, which floating_dtype has checked.
 template <class F>
 void with_floating_type(const Tensor& tensor, const F& f) {
   tensor.scalar_type() == ScalarType::Float ? f(float{}) : f(double{});
@@ -123,9 +123,9 @@ inline void check_options(const LogPpkOptions& options) {
   }
 }
 
-// Returns the number of images.
-inline int64_t check_log_ppk(const Tensor& samples, const Tensor& loc, const Tensor& concentration,
-                             const Tensor& temperature, const LogPpkOptions& options) {
+// Checks the arguments that all four log-PPK ops share.
+inline void check_log_ppk(const Tensor& samples, const Tensor& loc, const Tensor& concentration,
+                          const Tensor& temperature, const LogPpkOptions& options) {
   check_options(options);
   if (samples.dim() != 3) {
     fail("samples has ", samples.dim(), " dimensions, expected [n, batch, dim]");
@@ -141,7 +141,6 @@ inline int64_t check_log_ppk(const Tensor& samples, const Tensor& loc, const Ten
   check_tensor("loc", loc, samples, dtype, {proxies, dim});
   check_tensor("concentration", concentration, samples, dtype, {proxies, dim});
   check_tensor("temperature", temperature, samples, dtype, {});
-  return batch;
 }
 
 }  // namespace nivmf

@@ -1,7 +1,7 @@
 // The hardware primitives of the log-PPK kernels (asynchronous copies, bf16 and its mma, shuffles,
 // tickets, launches) and the reductions over a warp and a block that build on them.
-// Without nvcc, tests/cuda_on_host.h provides the primitives, and the kernels run on the CPU: this
-// is the only kernel file that knows of it.
+// Without nvcc, tests/cuda_on_host.h provides the primitives and the kernels run on the CPU; no
+// other kernel file distinguishes the two.
 // Included by tiles.cuh, and so by every log-PPK kernel. Design: docs/design/log_ppk_cuda.md.
 #pragma once
 
@@ -22,7 +22,7 @@ constexpr int kThreads = 128, kWarps = kThreads / 32;
 
 #ifdef __CUDACC__
 
-// Copies into shared memory without passing through registers, except on sm_70 and sm_75.
+// Copies into shared memory; before sm_80 through registers, synchronously.
 template <int kBytes>
 NIVMF_D void copy_async(void* to, const void* from) {
 #if __CUDA_ARCH__ >= 800
@@ -54,7 +54,7 @@ NIVMF_D uint32_t pack_bf16(float x, float y) {
 
 NIVMF_D float bits_as_float(uint32_t bits) { return __uint_as_float(bits); }
 
-// c += a b for 16 x 16 times 16 x 8, spread over a warp as PTX lays it down.
+// c += a b for 16 x 16 times 16 x 8, distributed over a warp in PTX's fragment layout.
 NIVMF_D void mma_bf16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 #if __CUDA_ARCH__ >= 800
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
@@ -69,15 +69,15 @@ NIVMF_D T shuffle_xor(T value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
 }
 
-// Reads what other blocks wrote in this launch: bypasses the L1, which does not see their writes.
+// Reads data that other blocks wrote in this launch: bypasses the L1, which may hold stale lines.
 template <typename T>
 NIVMF_D T load_fresh(const T* from) {
   return __ldcg(from);
 }
 
-// True for the last of `count` callers; the counter is 0 again after it.
+// True for the last of `count` callers, which also resets the counter to 0.
 NIVMF_D bool take_ticket(unsigned* counter, unsigned count) {
-  __threadfence();  // what this block wrote, before the ticket; what the others wrote, after it
+  __threadfence();  // orders this block's writes before the ticket, its reads of others' after
   const bool last = atomicInc(counter, count - 1) == count - 1;
   __threadfence();
   return last;
@@ -97,8 +97,8 @@ int launch(void (*kernel)(Args), int64_t blocks, size_t shared, void* stream, co
                           dim3(kThreads), arguments, shared, static_cast<cudaStream_t>(stream));
 }
 
-// Whether the device has bf16 mma.sync and cp.async; true if there is no device to ask, as when
-// shapes are traced.
+// Whether the device has bf16 mma.sync and cp.async. True without a device, as when shapes are
+// traced.
 inline bool has_tensor_cores() {
   int device = 0, major = 0;
   if (cudaGetDevice(&device) != cudaSuccess ||
@@ -123,8 +123,7 @@ NIVMF_D T warp_max(T value) {
   return value;
 }
 
-// The sum over the block, on thread 0, always in the same order. `scratch` holds one double per
-// warp.
+// The sum over the block in a fixed order; complete on thread 0. `scratch`: one double per warp.
 NIVMF_D double block_sum(double value, double* scratch) {
   value = warp_sum(value);
   if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = value;

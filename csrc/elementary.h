@@ -1,6 +1,5 @@
-// Elementary functions as polynomials without branches or calls, so that loops over them vectorise
-// on the CPU and no slow path waits on the GPU. Errors are a few ulps, in the logarithms also
-// relative to their zeros.
+// Elementary functions as polynomials without branches or calls: loops over them vectorise on the
+// CPU, and the GPU has no slow path. Errors are a few ulps, near the zeros of the logarithms too.
 #pragma once
 
 #include <cmath>
@@ -34,7 +33,7 @@ struct Bits<double> {
   static constexpr Int kRootHalf = 0x3fe6a09e667f3bcd;
 };
 
-// Taylor polynomials by recursion, so that callers' loops hold no loop and vectorise:
+// Taylor polynomials by template recursion: an inner loop would keep callers' loops scalar.
 // artanh x = x + x z artanh_series<1>(z), sin x = x + x z sin_cos_series<3>(z) and
 // cos x = 1 + z sin_cos_series<2>(z) with z = x^2.
 NIVMF_HD constexpr double signed_inverse_factorial(int n) {

@@ -1,6 +1,6 @@
 // The two engines: sum[r][c] += sum_k A[r][k] B[c][k], a kTile x kTile product that a block
 // accumulates slab by slab, with fused multiply-adds (Ffma) or tensor cores (Mma). Either operand
-// may be squared as it is read. In: tiles (tiles.cuh). Out: accumulators in registers.
+// can be squared as it is read. In: tiles (tiles.cuh). Out: accumulators in registers.
 // Called by pair_products (log_ppk.cuh) and the two gradients (log_ppk_backward.cuh).
 // Design: docs/design/log_ppk_cuda.md.
 #pragma once
@@ -10,12 +10,12 @@
 namespace nivmf {
 namespace ppk {
 
-// Each slab is summed separately and then added: tensor cores truncate as they accumulate, so they
-// get short sums only, and float32 gains the accuracy of blocked summation.
+// Each slab is summed from zero and then added: tensor cores truncate as they accumulate, so their
+// sums are kept short, and float32 gains the accuracy of blocked summation.
 
-// Fused multiply-adds: every operation in T, 4 x 2 accumulators per thread and product. For few
-// proxies (small tiles fill the GPU where launches, not flops, dominate), for float64, and for GPUs
-// without bf16.
+// Fused multiply-adds: every operation in T, 4 x 2 accumulators per thread and product. Used for
+// few proxies (small tiles fill the GPU where launches, not flops, dominate), for float64, and on
+// GPUs without bf16.
 template <typename T_>
 struct Ffma {
   using T = T_;
@@ -69,9 +69,9 @@ struct Ffma {
 
 // Tensor cores: x = p0 + p1 (+ p2), each plane the bf16 nearest to the remainder, and the products
 // of planes down to the order of the last: 6 of 9 with three planes (2^-27; float32 has 2^-24), 3
-// of 4 with two (2^-18). The planes are split in registers on the way into mma.sync. Four warps of
-// 32 x 32. Three sets of 32 accumulators are alive at once (two products and the slab's); with the
-// planes they leave room for three blocks of 128 threads per SM.
+// of 4 with two (2^-18). Operands are split into planes in registers, on the way into mma.sync.
+// Four warps have 32 x 32 each. Three sets of 32 accumulators are live at once (two products and
+// the slab's); with the planes they leave room for three blocks of 128 threads per SM.
 template <int kPlanes>
 struct Mma {
   using T = float;

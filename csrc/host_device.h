@@ -1,4 +1,4 @@
-// What makes one source of host and device code, and where a row of samples lies on both.
+// Macros for code shared by host and device, and the offset of a row of samples.
 #pragma once
 
 #include <cstdint>
@@ -16,7 +16,7 @@
 
 namespace nivmf {
 
-// Where the row of (sample, image) starts in a contiguous [n, batch, dim].
+// The offset of the row of (sample, image) in a contiguous [n, batch, dim].
 NIVMF_HD int64_t row_offset(int64_t sample, int64_t image, int64_t batch, int64_t dim) {
   return (sample * batch + image) * dim;
 }

@@ -1,4 +1,4 @@
-// The score z of a pair, a sample row x and a proxy j (`score` in nivmf_fast/reference.py):
+// The score z of a pair, a sample row x and a proxy j (`score` in nivmf_fast/reference/model.py):
 //   z = num / sqrt(1 + delta) - (D/2) log1p(delta) + bias,  num = x . linear_j,
 //   delta = (x o x) . spread_j.  In: samples [N, B, D], a panel of prepared proxies.
 // Out: num and delta of a tile of kTile x kTile pairs, in shared memory. Called by
@@ -21,7 +21,7 @@ struct Problem : LogPpkInputs<T> {
   bool exact, projection;
   bool vector;  // rows of `samples` are aligned to 16 bytes
   int images_per_block, blocks_per_image, row_blocks;
-  int pitch;  // D padded to whole tiles
+  int pitch;  // D padded to whole tiles, the row length of linear and spread
 
   NIVMF_D bool has_spread() const { return exact || projection; }
 };
@@ -32,9 +32,9 @@ struct Row {
   bool valid;
 };
 
-// Rows are ordered image by image, so that a block holds whole images (or samples of one image, if
-// N > kTile) and a tile of pairs is dead as soon as its few images find it dead. Rows that do not
-// fill a block stay empty (4 of 64 at N = 5).
+// Rows are ordered image by image: a block holds whole images (or samples of one image, if
+// N > kTile), so a tile of pairs is dead once it is dead for those few images. Rows that no whole
+// image fills stay empty (4 of 64 at N = 5).
 template <int kTile, typename T>
 NIVMF_D Row row_of(const Problem<T>& p, int block, int local) {
   if (p.N <= kTile) {
@@ -98,7 +98,7 @@ NIVMF_D T as_shift(T max) {
   return max == -T(INFINITY) ? T(0) : max;
 }
 
-// Where a tile's products are kept for the backward, or null if the workspace is too small.
+// The products of a tile, kept for the backward; null if the workspace is too small for them.
 template <class Engine, typename T>
 NIVMF_D Products<T>* kept_tile(Products<T>* kept, const Problem<T>& p, int64_t first,
                                int row_block) {
@@ -106,7 +106,7 @@ NIVMF_D Products<T>* kept_tile(Products<T>* kept, const Problem<T>& p, int64_t f
   return kept ? kept + (first / kTile * p.row_blocks + row_block) * (kTile * kTile) : nullptr;
 }
 
-// Where the maximum of an image's scores in a tile is saved (SavedPairs::max).
+// The index in SavedPairs::max of an image's largest score in a tile.
 template <typename T>
 NIVMF_D int64_t max_at(const Problem<T>& p, int64_t block, int row_block, int slot) {
   return (block * p.row_blocks + row_block) * p.images_per_block + slot;
@@ -124,8 +124,8 @@ struct PairShared {
       T num[kTile][kTile + kLanes], delta[kTile][kTile + kLanes];
     };
   };
-  int64_t offset[kTile];  // of the row's sample, -1 if there is none
-  int64_t label[kTile];   // of the row's image, -1 if there is no such proxy
+  int64_t offset[kTile];  // of the row's sample; -1 for an empty row
+  int64_t label[kTile];   // of the row's image; -1 if no proxy has it
   T bias[kTile];
   T tile_max[kTile], tile_sum[kTile];  // of the tile, per row
   T max[kTile], sum[kTile];            // over the tiles so far, per row: the forward's
@@ -159,8 +159,8 @@ NIVMF_D void load_bias(S& s, const Panel<T>& panel, int block) {
   }
 }
 
-// num and delta of one tile of pairs, left in shared memory, where loops over pairs need not be
-// unrolled and can run along rows or columns.
+// num and delta of one tile of pairs, left in shared memory so that loops over pairs can run along
+// rows or columns without unrolling.
 template <class Engine, typename T>
 NIVMF_D void pair_products(const Problem<T>& p, const Panel<T>& panel, int block,
                            PairShared<Engine>& s) {

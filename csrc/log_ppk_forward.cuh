@@ -13,12 +13,12 @@ namespace ppk {
 
 // ---- preparing the proxies ----------------------------------------------------------------------
 //
-// One warp per proxy, two passes over its row, in float64: the logits are these deviations times
-// thousands. Memory-bound (16 bytes per number, in and out); the float64 logarithms take less time
-// on a data-centre GPU.
+// One warp per proxy, two passes over its row, in float64: the logits multiply these deviations by
+// thousands. Bound by memory (16 bytes per number, in and out): the float64 logarithms take less
+// time on a data-centre GPU.
 
 struct ProxyScalars {
-  double inverse_scale, bias, pull;
+  double inverse_kbar, bias, bias_slope;
 };
 
 template <typename T>
@@ -41,13 +41,13 @@ NIVMF_D ProxyScalars proxy_scalars(const Problem<T>& p, const LogNormalizerPlan<
 }
 
 template <typename T>
-NIVMF_D T proxy_linear(const Problem<T>& p, double mu, double kappa, double inverse_scale) {
-  return T(p.projection ? kappa * mu * (kappa * inverse_scale) : kappa * mu);
+NIVMF_D T proxy_linear(const Problem<T>& p, double mu, double kappa, double inverse_kbar) {
+  return T(p.projection ? kappa * mu * (kappa * inverse_kbar) : kappa * mu);
 }
 
 template <typename T>
-NIVMF_D T proxy_spread(double kappa, double inverse_scale) {
-  const double ratio = kappa * inverse_scale;
+NIVMF_D T proxy_spread(double kappa, double inverse_kbar) {
+  const double ratio = kappa * inverse_kbar;
   return T((ratio - 1) * (ratio + 1));
 }
 
@@ -56,7 +56,7 @@ struct PrepareArgs {
   Problem<T> p;
   Panel<T> panel;
   int tile;
-  unsigned* tickets;  // to be zeroed; may be null
+  unsigned* tickets;  // to zero; may be null
   int ticket_count;
   LogNormalizerPlan<double> plan;
 };
@@ -80,22 +80,21 @@ __global__ void __launch_bounds__(kThreads)
   const ProxyScalars scalars = proxy_scalars(p, a.plan, j);
   if (lane == 0) {
     a.panel.bias[row] = scalars.bias;
-    a.panel.inverse_scale[row] = T(scalars.inverse_scale);
-    a.panel.pull[row] = T(scalars.pull);
+    a.panel.inverse_kbar[row] = T(scalars.inverse_kbar);
+    a.panel.bias_slope[row] = T(scalars.bias_slope);
     if (j == 0) *a.panel.base = scalars.bias;
   }
   for (int d = lane; d < p.pitch; d += 32) {
     const bool inside = d < p.D;
     const double mu = inside ? double(p.loc[j * p.D + d]) : 0;
     const double kappa = inside ? double(p.concentration[j * p.D + d]) : 0;
-    linear[d] = proxy_linear(p, mu, kappa, scalars.inverse_scale);
-    spread[d] = inside ? proxy_spread<T>(kappa, scalars.inverse_scale) : T(0);
+    linear[d] = proxy_linear(p, mu, kappa, scalars.inverse_kbar);
+    spread[d] = inside ? proxy_spread<T>(kappa, scalars.inverse_kbar) : T(0);
   }
 }
 
-// num and delta of every row with its own proxy, summed in float64: this pair appears in both terms
-// of the loss's difference, and both read it from here. One warp per row; R dot products, few
-// compared with R P.
+// num and delta of every row at its own proxy, summed in float64: both terms of the loss contain
+// this pair, and both read it from here. One warp per row; R dot products, few against R P.
 template <typename T>
 struct OwnArgs {
   Problem<T> p;
@@ -116,8 +115,8 @@ __global__ void __launch_bounds__(kThreads) own_kernel(const __grid_constant__ O
   double num = 0, delta = 0;
   for (int d = threadIdx.x % 32; d < p.D; d += 32) {
     const double kappa = double(p.concentration[j * p.D + d]), mu = double(p.loc[j * p.D + d]);
-    num += double(x[d]) * double(proxy_linear(p, mu, kappa, scalars.inverse_scale));
-    delta += double(x[d]) * double(x[d]) * double(proxy_spread<T>(kappa, scalars.inverse_scale));
+    num += double(x[d]) * double(proxy_linear(p, mu, kappa, scalars.inverse_kbar));
+    delta += double(x[d]) * double(x[d]) * double(proxy_spread<T>(kappa, scalars.inverse_kbar));
   }
   num = warp_sum(num);
   delta = warp_sum(delta);
@@ -127,8 +126,8 @@ __global__ void __launch_bounds__(kThreads) own_kernel(const __grid_constant__ O
 // ---- the forward of proxy-NCA -------------------------------------------------------------------
 //
 // A block takes kTile rows and walks over its split of the proxies. Per row it carries the maximum
-// in raw units and the sum of exponentials relative to it, so that z / T costs no accuracy. Bound
-// by the two products: the epilogue has one log1p, one exp and one root per pair, against 4 D
+// in raw units and the sum of exponentials relative to it, so that dividing by T costs no accuracy.
+// Bound by the two products: the epilogue has one log1p, one exp and one root per pair, against 4 D
 // flops. The last block to finish an image's rows combines them, in the order of the splits.
 
 template <typename T>
@@ -176,12 +175,12 @@ NIVMF_D void combine_image(const ForwardArgs<T>& a, int64_t image) {
     own_sum = warp_sum(own_sum);
   }
   if (lane != 0) return;
-  const double log_z = std::log(double(sum)), own_log_z = known ? std::log(double(own_sum)) : 0;
+  const double lse = std::log(double(sum)), own_lse = known ? std::log(double(own_sum)) : 0;
   a.partial[image] = *a.panel.base + double(max);
-  a.partial[p.B + image] = log_z;
+  a.partial[p.B + image] = lse;
   a.partial[2 * p.B + image] = *a.panel.base + double(own_max);
-  a.partial[3 * p.B + image] = own_log_z;
-  const double loss = (double(max) - double(own_max)) * inverse_t + (log_z - own_log_z);
+  a.partial[3 * p.B + image] = own_lse;
+  const double loss = (double(max) - double(own_max)) * inverse_t + (lse - own_lse);
   a.losses[image] = known ? T(loss) : T(NAN);
 }
 
@@ -199,7 +198,8 @@ __global__ void __launch_bounds__(kThreads, Engine::kMinBlocks)
     const unsigned split = blockIdx.x / p.row_blocks, row_block = blockIdx.x % p.row_blocks;
     return (int64_t(split) * p.row_blocks + row_block) * kTile + threadIdx.x;
   };
-  // State carried from tile to tile stays in shared memory: the products need every register.
+  // State carried from tile to tile stays in shared memory, because the products need every
+  // register.
   if (int(threadIdx.x) < kTile) {
     s.max[threadIdx.x] = a.first ? -T(INFINITY) : a.state.max[here()];
     s.sum[threadIdx.x] = a.first ? T(0) : a.state.sum[here()];
@@ -306,7 +306,7 @@ __global__ void __launch_bounds__(kThreads, Engine::kMinBlocks)
   const int64_t local = int64_t(block) * kTile;
   if (blockIdx.x == 0 && threadIdx.x == 0) *a.common = *a.panel.base;
 
-  // Of the column of thread c < kTile, carried while an image has more rows than a block.
+  // Of column c on thread c < kTile; carried over the blocks of an image that has several.
   T max = -T(INFINITY), sum = 0;
   for (int part = 0; part < p.blocks_per_image; ++part) {
     load_rows(s, p, group * p.blocks_per_image + part);

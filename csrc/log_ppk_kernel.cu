@@ -1,7 +1,7 @@
-// CUDA's entry points of log_ppk.h, which launch the kernels chunk by chunk of proxies. Per chunk:
-// prepare and forward; pair and gradient, and reduce where d_samples is a sum of several parts. On
-// tensor cores the own proxies' scores are one more launch. With one chunk a training step takes
-// four to six launches; nothing here depends on values or waits for the device.
+// CUDA's entry points of log_ppk.h, which launch the kernels for one chunk of proxies after
+// another. Per chunk: prepare and forward; pair and gradient, and reduce if d_samples is a sum of
+// several parts. With tensor cores the own proxies' scores take one more launch. With one chunk a
+// training step takes four to six launches; nothing here depends on values or waits for the device.
 // Called by registration_cuda.cpp. Design: docs/design/log_ppk_cuda.md.
 #include <algorithm>
 
@@ -17,7 +17,7 @@ namespace {
 static_assert(Ffma<float>::kTile == kFfmaTile && Ffma<double>::kTile == kFfmaTile &&
               Mma<2>::kTile == kMmaTile && Mma<3>::kTile == kMmaTile);
 
-// The device is asked only where its answer matters.
+// Queries the device only if the answer matters.
 template <typename T>
 Plan<T> make_plan(const LogPpkSizes& s) {
   return Plan<T>(s, Plan<T>::wants_tensor_cores(s) && has_tensor_cores());
@@ -26,13 +26,13 @@ Plan<T> make_plan(const LogPpkSizes& s) {
 template <typename T>
 Problem<T> make_problem(const LogPpkSizes& s, const LogPpkInputs<T>& in, const Plan<T>& plan) {
   Problem<T> p = {in};
-  p.B = s.images;
-  p.P = s.proxies;
-  p.N = int(s.samples);
-  p.D = int(s.dim);
+  p.B = s.B;
+  p.P = s.P;
+  p.N = int(s.N);
+  p.D = int(s.D);
   p.exact = s.options.exact;
   p.projection = s.options.projection;
-  p.vector = s.dim * sizeof(T) % 16 == 0 && reinterpret_cast<uintptr_t>(in.samples) % 16 == 0;
+  p.vector = s.D * sizeof(T) % 16 == 0 && reinterpret_cast<uintptr_t>(in.samples) % 16 == 0;
   p.images_per_block = plan.images_per_block;
   p.blocks_per_image = plan.blocks_per_image;
   p.row_blocks = plan.row_blocks;
@@ -40,8 +40,8 @@ Problem<T> make_problem(const LogPpkSizes& s, const LogPpkInputs<T>& in, const P
   return p;
 }
 
-// The panel of the chunk that starts at block `begin`: part of `panel` if that holds the `whole` of
-// the proxies, else all of it.
+// The panel of the chunk that starts at block `begin`: a part of `panel` if that holds all proxies
+// (`whole`), else its start.
 template <typename T>
 Panel<T> chunk_panel(Panel<T> panel, const Plan<T>& plan, bool whole, int64_t P, int begin,
                      int blocks) {
@@ -52,8 +52,8 @@ Panel<T> chunk_panel(Panel<T> panel, const Plan<T>& plan, bool whole, int64_t P,
     panel.linear += panel.first * plan.pitch;
     panel.spread += panel.first * plan.pitch;
     panel.bias += panel.first;
-    panel.inverse_scale += panel.first;
-    panel.pull += panel.first;
+    panel.inverse_kbar += panel.first;
+    panel.bias_slope += panel.first;
   }
   return panel;
 }
@@ -97,7 +97,7 @@ int run_log_ppk(const Plan<T>& plan, LogPpkArgs<T> a, const Panel<T>& panel, voi
   return 0;
 }
 
-// ScoreEngine recomputes scores and must be the forward's; GradientEngine makes the products.
+// ScoreEngine, which recomputes scores, must be the forward's; GradientEngine makes the products.
 template <class ScoreEngine, class GradientEngine, bool kProxyNca, typename T>
 int run_backward(const Plan<T>& plan, PairArgs<T> a, const Panel<T>& panel, bool prepared,
                  const BackwardScratch<T>& scratch, const LogPpkGradients<T>& out, void* stream) {
@@ -131,8 +131,8 @@ int run_backward(const Plan<T>& plan, PairArgs<T> a, const Panel<T>& panel, bool
   return 0;
 }
 
-// Calls f with the engines of the scores and of the gradients. kFloat32 pays six products of planes
-// for the scores, whose error 1/T multiplies.
+// Calls f with the engines of the scores and of the gradients. kFloat32 spends six products of
+// planes on the scores, because 1/T multiplies their error.
 template <typename T, class F>
 int with_engines(const LogPpkSizes& s, const Plan<T>& plan, const F& f) {
   if constexpr (sizeof(T) == 4) {
@@ -147,7 +147,7 @@ template <bool kProxyNca, typename T>
 int backward(const LogPpkSizes& s, const LogPpkInputs<T>& in, const T* grad, const double* partial,
              const T* max_lse, const void* saved_bytes, void* scratch_bytes,
              const LogPpkGradients<T>& out, void* stream) {
-  if (s.images == 0) return 0;
+  if (s.B == 0) return 0;
   const Plan<T> plan = make_plan<T>(s);
   PairArgs<T> a = {};
   a.p = make_problem(s, in, plan);
@@ -156,7 +156,7 @@ int backward(const LogPpkSizes& s, const LogPpkInputs<T>& in, const T* grad, con
   a.max_lse = max_lse;
   const bool prepared = saved_bytes && plan.keep_panels;
   Arena arena(scratch_bytes);
-  const BackwardScratch<T> scratch(plan, !prepared, s.samples * s.images * s.dim, arena);
+  const BackwardScratch<T> scratch(plan, !prepared, s.N * s.B * s.D, arena);
   a.out = scratch.pairs;
   Panel<T> panel = scratch.panel;
   if (saved_bytes) {
@@ -176,7 +176,7 @@ int backward(const LogPpkSizes& s, const LogPpkInputs<T>& in, const T* grad, con
 
 template <typename T>
 SavedShape proxy_nca_saved_cuda(const LogPpkSizes& sizes) {
-  if (sizes.images == 0) return {1, 0};
+  if (sizes.B == 0) return {1, 0};
   ppk::Arena arena(nullptr);
   ppk::Saved<T>(ppk::make_plan<T>(sizes), arena);
   return {1, arena.size() / int64_t(sizeof(T))};
@@ -184,7 +184,7 @@ SavedShape proxy_nca_saved_cuda(const LogPpkSizes& sizes) {
 
 template <typename T>
 int64_t log_ppk_forward_scratch_bytes_cuda(const LogPpkSizes& sizes) {
-  if (sizes.images == 0) return 0;
+  if (sizes.B == 0) return 0;
   ppk::Arena arena(nullptr);
   ppk::ForwardScratch<T>(ppk::make_plan<T>(sizes), true, arena);
   return arena.size();
@@ -192,10 +192,9 @@ int64_t log_ppk_forward_scratch_bytes_cuda(const LogPpkSizes& sizes) {
 
 template <typename T>
 int64_t log_ppk_backward_scratch_bytes_cuda(const LogPpkSizes& sizes) {
-  if (sizes.images == 0) return 0;
+  if (sizes.B == 0) return 0;
   ppk::Arena arena(nullptr);
-  ppk::BackwardScratch<T>(ppk::make_plan<T>(sizes), true, sizes.samples * sizes.images * sizes.dim,
-                          arena);
+  ppk::BackwardScratch<T>(ppk::make_plan<T>(sizes), true, sizes.N * sizes.B * sizes.D, arena);
   return arena.size();
 }
 
@@ -203,7 +202,7 @@ template <typename T>
 int proxy_nca_cuda(const LogPpkSizes& s, const LogPpkInputs<T>& in, T* losses, double* partial,
                    void* saved_bytes, void* scratch_bytes, void* stream) {
   using namespace ppk;
-  if (s.images == 0) return 0;
+  if (s.B == 0) return 0;
   const Plan<T> plan = make_plan<T>(s);
   Arena saved_arena(saved_bytes), arena(scratch_bytes);
   const Saved<T> saved(plan, saved_arena);
@@ -217,7 +216,7 @@ int proxy_nca_cuda(const LogPpkSizes& s, const LogPpkInputs<T>& in, T* losses, d
   a.losses = losses;
   if constexpr (sizeof(T) == 4) {
     if (plan.tensor_cores) {
-      const OwnArgs<T> own = {a.p, a.saved.own, make_log_normalizer_plan<double>(s.dim)};
+      const OwnArgs<T> own = {a.p, a.saved.own, make_log_normalizer_plan<double>(s.D)};
       const int64_t blocks = ceil_div(plan.rows, kWarps);
       if (const int error = launch(own_kernel<T, kMmaTile>, blocks, 0, stream, own)) return error;
     }
@@ -240,7 +239,7 @@ template <typename T>
 int log_ppk_cuda(const LogPpkSizes& s, const LogPpkInputs<T>& in, T* values, T* saved,
                  double* common, void* scratch_bytes, void* stream) {
   using namespace ppk;
-  if (s.images == 0) return 0;
+  if (s.B == 0) return 0;
   const Plan<T> plan = make_plan<T>(s);
   Arena arena(scratch_bytes);
   const ForwardScratch<T> scratch(plan, true, arena);

@@ -1,6 +1,6 @@
-// How the CUDA log-PPK uses memory: the tiles, the chunks of proxies that fit the workspace, and
-// the arrays in `saved` and `scratch`. In: the sizes and options of a call, and whether the device
-// has tensor cores. Out: a Plan, and pointers into the caller's buffers, or the bytes they need.
+// Memory of log-PPK on CUDA: tiles, chunks of proxies that fit the workspace, and the arrays in
+// `saved` and `scratch`. In: the sizes and options of a call, and whether the device has tensor
+// cores. Out: a Plan, and pointers into the caller's buffers, or the bytes they need.
 // Called by log_ppk_kernel.cu; includes no CUDA, so that tests can call it on the host.
 // Design: docs/design/log_ppk_cuda.md.
 #pragma once
@@ -14,13 +14,13 @@
 namespace nivmf {
 namespace ppk {
 
-// The tiles of the two engines. Up to kSmallProxies launches dominate, not flops: small tiles,
-// FFMA.
+// The tiles of the two engines. Up to kSmallProxies launches dominate, not flops: Ffma's small
+// tiles are used.
 constexpr int kFfmaTile = 32, kMmaTile = 64;
 constexpr int64_t kSmallProxies = 512;
 
-// The number of blocks that keeps a GPU busy, and of proxies that makes a split worthwhile.
-// Constants, so that results do not depend on the number of multiprocessors.
+// The number of blocks that fills a GPU, and of proxies that makes a split worthwhile. Constants,
+// so that results do not depend on the number of multiprocessors.
 constexpr int64_t kEnoughBlocks = 1056, kProxiesPerSplit = 1536, kMaxSplits = 16;
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -37,24 +37,24 @@ struct alignas(2 * sizeof(T)) Products {
 template <typename T>
 struct Panel {
   T *linear, *spread;
-  double* bias;      // less log C_D(0)
-  double* base;      // the bias of proxy 0, which all scores leave out
-  T* inverse_scale;  // 1 / kbar
-  T* pull;           // d bias / d|K mu| / |K mu|
-  int64_t first;     // the proxy of row 0
-  int64_t count;     // proxies
-  int blocks;        // tiles
+  double* bias;     // less log C_D(0)
+  double* base;     // the bias of proxy 0, subtracted from all scores
+  T* inverse_kbar;  // 1 / kbar
+  T* bias_slope;    // (d bias / d|K mu|) / |K mu|
+  int64_t first;    // the proxy of row 0
+  int64_t count;    // proxies
+  int blocks;       // tiles
 };
 
-// What proxy-NCA's forward leaves for its backward; each may be null.
+// Arrays that proxy-NCA's forward leaves for its backward; each may be null.
 template <typename T>
 struct SavedPairs {
-  Products<T>* own;  // [padded rows], with the own proxy; on tensor cores only
+  Products<T>* own;  // [padded rows], at the own proxy; with tensor cores only
   T* max;            // [proxy blocks, row blocks, images_per_block]: of an image's scores in a tile
   Products<T>* kept;  // [proxy blocks, row blocks, kTile, kTile]
 };
 
-// What the blocks of a forward leave for each other.
+// State that the blocks of a forward share.
 template <typename T>
 struct ForwardState {
   T *max, *sum;       // [splits, padded rows], carried from chunk to chunk
@@ -62,18 +62,18 @@ struct ForwardState {
   unsigned* tickets;  // one per group of row blocks that share images
 };
 
-// What the first half of the backward leaves for the second.
+// Arrays that the first half of the backward leaves for the second.
 template <typename T>
 struct PairGradients {
   T *by_num, *by_delta;    // [padded rows, panel.blocks * kTile]
   T* by_bias;              // [row blocks, panel.blocks * kTile]: sums over the block's rows
-  unsigned char* alive;    // [row blocks, panel.blocks]
+  unsigned char* live;     // [row blocks, panel.blocks]
   double* by_temperature;  // one per block
 };
 
 // ---- how large they are -------------------------------------------------------------------------
 
-// Hands out pieces of a buffer or, without one, measures how large it must be.
+// Hands out pieces of a buffer; without one, only adds up their size.
 class Arena {
  public:
   explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
@@ -90,13 +90,13 @@ class Arena {
   int64_t size_ = 0;
 };
 
-// Half of the workspace bounds what is saved, half the scratch of one call, whether or not anything
-// is kept: without options.keep a call saves the own products alone.
+// Half of the workspace bounds the saved arrays, half the scratch of one call, whether or not
+// anything is kept: without options.keep a call saves the own products alone.
 template <typename T>
 struct Plan {
   bool tensor_cores;
   int tile;
-  int images_per_block, blocks_per_image, row_blocks, blocks, pitch;  // `blocks` of proxies
+  int images_per_block, blocks_per_image, row_blocks, blocks, pitch;  // blocks: of proxies
   int64_t rows, proxies;                                              // padded to tiles
   bool keep_max, keep_panels, keep_scores;
   int chunk, back_chunk;  // blocks of proxies that one launch takes, forward and backward
@@ -104,17 +104,17 @@ struct Plan {
   int back_splits;
 
   static bool wants_tensor_cores(const LogPpkSizes& s) {
-    return sizeof(T) == 4 && s.proxies > kSmallProxies;
+    return sizeof(T) == 4 && s.P > kSmallProxies;
   }
 
   Plan(const LogPpkSizes& s, bool has_tensor_cores) {
     tensor_cores = has_tensor_cores && wants_tensor_cores(s);
     tile = tensor_cores ? kMmaTile : kFfmaTile;
-    images_per_block = s.samples <= tile ? int(tile / s.samples) : 1;
-    blocks_per_image = int(ceil_div(s.samples, tile));
-    row_blocks = int(ceil_div(s.images, images_per_block) * blocks_per_image);
-    blocks = int(ceil_div(s.proxies, tile));
-    pitch = int(ceil_div(s.dim, tile) * tile);
+    images_per_block = s.N <= tile ? int(tile / s.N) : 1;
+    blocks_per_image = int(ceil_div(s.N, tile));
+    row_blocks = int(ceil_div(s.B, images_per_block) * blocks_per_image);
+    blocks = int(ceil_div(s.P, tile));
+    pitch = int(ceil_div(s.D, tile) * tile);
     rows = int64_t(row_blocks) * tile;
     proxies = int64_t(blocks) * tile;
 
@@ -150,8 +150,8 @@ struct Plan {
     panel.spread = arena.template take<T>(count * pitch);
     panel.bias = arena.template take<double>(count);
     panel.base = arena.template take<double>(1);
-    panel.inverse_scale = arena.template take<T>(count);
-    panel.pull = arena.template take<T>(count);
+    panel.inverse_kbar = arena.template take<T>(count);
+    panel.bias_slope = arena.template take<T>(count);
     return panel;
   }
 };
@@ -199,7 +199,7 @@ struct BackwardScratch {
     pairs.by_delta = arena.template take<T>(plan.rows * proxies);
     pairs.by_bias = arena.template take<T>(plan.row_blocks * proxies);
     if (plan.slabs()) slabs = arena.template take<T>(plan.back_splits * samples_size);
-    pairs.alive = arena.template take<unsigned char>(tiles);
+    pairs.live = arena.template take<unsigned char>(tiles);
     pairs.by_temperature = arena.template take<double>(tiles);
     temperature_sum = arena.template take<double>(1);
   }

@@ -1,8 +1,8 @@
 // The random stream, the same in every backend: Philox 4x32-10 (Salmon et al., "Parallel random
 // numbers: as easy as 1, 2, 3", SC 2011), key = the seed's two words, counter = (block, sample,
-// image, part). part 0: block j gives the normals 4j .. 4j + 3. part a >= 1 is the a-th
-// attempt of the rejection: block 0 its uniforms, block r >= 1 round r of its gamma draw. No draw
-// depends on what another sample drew.
+// image, part). In part 0, block j gives the normals 4j .. 4j + 3. Part a >= 1 is the a-th attempt
+// of the rejection: block 0 has its uniforms, block r >= 1 round r of its gamma draw. No draw
+// depends on another sample's.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
-// Matrix products of the CPU's log-PPK: small tiles in registers, one order for every sum. (torch's
-// matmul would bring its own threads and its own order.)
+// Matrix products of log-PPK on the CPU: small tiles in registers, a fixed order for every sum.
+// (torch's matmul has its own threads and its own order.)
 #pragma once
 
 #include <algorithm>
@@ -12,9 +12,9 @@
 namespace nivmf {
 namespace {
 
-// Of a product at a time: short sums are exact sums, short strips stay in L1.
+// Steps of a sum at a time: short sums are more accurate, and short strips stay in the L1.
 constexpr int64_t kDepth = 128;
-constexpr int64_t kTileRows = 6;  // x kLanes sums: 6 or 12 vector registers of 16 or 32
+constexpr int64_t kTileRows = 6;  // with kLanes columns: 6 or 12 of 16 or 32 vector registers
 
 // Sums of kTileRows rows and kLanes columns, in registers.
 template <typename T>
@@ -27,7 +27,7 @@ struct Tile {
     }
   }
 
-  // The products of one number of each row of a, row_stride apart, and kLanes of b.
+  // Adds the products of one number of each row of a, row_stride apart, with kLanes of b.
   NIVMF_INLINE void step(const T* a, int64_t row_stride, const T* b) {
     NIVMF_UNROLL
     for (int64_t t = 0; t < kTileRows; ++t) {
@@ -47,8 +47,8 @@ struct Tile {
   }
 };
 
-// c [rows, columns] (+)= a [rows, depth] b [depth, columns]: b in strips of kLanes columns, a by
-// its two strides. Writes whole tiles: rows up to a multiple of kTileRows, columns of kLanes.
+// c [rows, columns] (+)= a [rows, depth] b [depth, columns]. b is in strips of kLanes columns, a
+// has two strides. Writes whole tiles: multiples of kTileRows rows and of kLanes columns.
 template <typename T>
 NIVMF_CLONES void multiply(int64_t rows, int64_t columns, int64_t depth, const T* a,
                            int64_t row_stride, int64_t stride, const T* __restrict__ b, bool add,
@@ -70,12 +70,12 @@ NIVMF_CLONES void multiply(int64_t rows, int64_t columns, int64_t depth, const T
   }
 }
 
-// The same product with an a of which each tile of rows is zero but at the steps listed for it.
-// Leaving out what adds zero changes no bit.
+// Lists, for each tile of rows of a, the steps at which it is not all zero, for the product below:
+// skipping terms of zero changes no bit.
 struct Steps {
   std::vector<int32_t> step, end;  // end: of each tile's steps
 
-  // True where the list is worth its indirection.
+  // Fills the lists; true if they skip enough to pay for their indirection.
   template <typename T>
   bool list(int64_t rows, int64_t depth, const T* a, int64_t row_stride, int64_t stride);
 };

@@ -1,7 +1,7 @@
 // The seven ops of nivmf_fast/_schemas.py around the entry points of one compiled backend.
 //
-// A Backend has a name, a Guard and a stream for a tensor's device, a check of what an entry point
-// returned, a check of the sizes that it takes, and the entry points for T as Kernels<T>.
+// A Backend has a name, a Guard and a stream for a tensor's device, a check of an entry point's
+// return code, a check of the sizes it supports, and the entry points for T as Kernels<T>.
 #pragma once
 
 #include <string>
@@ -21,7 +21,8 @@ template <class Backend>
 struct Ops {
   using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
-  // Calls f(zero of the tensor's type, the entry points for it, stream) and checks what it returns.
+  // Calls f(zero of the tensor's type, the entry points for it, stream); checks the code it
+  // returns.
   template <class F>
   static void run(const char* op, const Tensor& like, const F& f) {
     const typename Backend::Guard guard(like);
@@ -90,8 +91,8 @@ struct Ops {
     Call(const Tensor& x, const Tensor& m, const Tensor& k, const Tensor& t,
          const LogPpkOptions& options)
         : samples(x), loc(m), concentration(k), temperature(t) {
-      const int64_t batch = check_log_ppk(x, m, k, t, options);
-      sizes = {x.size(0), batch, m.size(0), m.size(1), options};
+      check_log_ppk(x, m, k, t, options);
+      sizes = {x.size(0), x.size(1), m.size(0), m.size(1), options};
       Backend::check_sizes(sizes);
     }
     template <typename T>
@@ -105,13 +106,13 @@ struct Ops {
     }
   };
 
-  // Calls f(zero, kernels, the gradients' pointers, scratch, stream). Without images nothing may be
-  // launched, and all gradients are 0.
+  // Calls f(zero, kernels, the gradients' pointers, scratch, stream). Without images the entry
+  // points launch nothing, so the gradients are zeroed here.
   template <class F>
   static Gradients gradients(const char* op, const Call& call, const F& f) {
     const auto allocate = [&](const Tensor& like) {
       Tensor out = torch::stable::empty_like(like);
-      if (call.sizes.images == 0) torch::stable::zero_(out);
+      if (call.sizes.B == 0) torch::stable::zero_(out);
       return out;
     };
     Tensor x = allocate(call.samples), m = allocate(call.loc), k = allocate(call.concentration);
@@ -126,7 +127,7 @@ struct Ops {
     return {x, m, k, t};
   }
 
-  // The ops that end with options, whose types in LogPpkOptions are Option...
+  // The ops whose last arguments are the options, of the types Option... in LogPpkOptions.
   template <class... Option>
   struct LogPpk {
     // The shape of the `saved` of proxy_nca, for its fake kernel.
@@ -147,7 +148,7 @@ struct Ops {
                                                         const Tensor& temperature,
                                                         Option... option) {
       const Call call(samples, loc, concentration, temperature, {option...});
-      const int64_t batch = call.sizes.images;
+      const int64_t batch = call.sizes.B;
       check_tensor("labels", labels, samples, ScalarType::Long, {batch});
       Tensor losses = torch::stable::new_empty(samples, {batch});
       Tensor partial = torch::stable::new_empty(samples, {4, batch}, ScalarType::Double);
@@ -170,7 +171,7 @@ struct Ops {
                                         const Tensor& partial, const Tensor& saved,
                                         Option... option) {
       const Call call(samples, loc, concentration, temperature, {option...});
-      const int64_t batch = call.sizes.images;
+      const int64_t batch = call.sizes.B;
       check_tensor("grad", grad, samples, samples.scalar_type(), {batch});
       check_tensor("labels", labels, samples, ScalarType::Long, {batch});
       check_tensor("partial", partial, samples, ScalarType::Double, {4, batch});
@@ -189,7 +190,7 @@ struct Ops {
                                                       const Tensor& concentration,
                                                       const Tensor& temperature, Option... option) {
       const Call call(samples, loc, concentration, temperature, {option...});
-      const int64_t batch = call.sizes.images, proxies = call.sizes.proxies;
+      const int64_t batch = call.sizes.B, proxies = call.sizes.P;
       Tensor values = torch::stable::new_empty(samples, {batch, proxies});
       Tensor saved = torch::stable::new_empty(samples, {2, batch, proxies});
       Tensor common = torch::stable::new_empty(samples, {}, ScalarType::Double);
@@ -208,7 +209,7 @@ struct Ops {
                                       const Tensor& concentration, const Tensor& temperature,
                                       const Tensor& saved, Option... option) {
       const Call call(samples, loc, concentration, temperature, {option...});
-      const int64_t batch = call.sizes.images, proxies = call.sizes.proxies;
+      const int64_t batch = call.sizes.B, proxies = call.sizes.P;
       check_tensor("grad", grad, samples, samples.scalar_type(), {batch, proxies});
       check_tensor("saved", saved, samples, samples.scalar_type(), {2, batch, proxies});
       const auto f = [&](auto zero, auto kernels, const auto& out, void* scratch, void* stream) {

@@ -34,8 +34,8 @@ struct Cuda {
 
   // The kernels count samples, images and blocks in int.
   static void check_sizes(const LogPpkSizes& sizes) {
-    if (sizes.samples >= int64_t(1) << 31 || sizes.images >= int64_t(1) << 31) {
-      fail("samples is [", sizes.samples, ", ", sizes.images, ", ..], expected sizes below 2^31");
+    if (sizes.N >= int64_t(1) << 31 || sizes.B >= int64_t(1) << 31) {
+      fail("samples is [", sizes.N, ", ", sizes.B, ", ..], expected sizes below 2^31");
     }
   }
 

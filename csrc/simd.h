@@ -1,5 +1,5 @@
-// What the CPU kernels share so that their inner loops vectorise: clones of a function for newer
-// CPUs, loops over lanes, and memory that starts on a cache line.
+// Helpers that let the CPU kernels' inner loops vectorise: clones of a function for newer CPUs,
+// loops over lanes, and buffers that start on a cache line.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +12,7 @@
 #define NIVMF_CLONES
 #endif
 #define NIVMF_INLINE inline __attribute__((always_inline))  // into the clones
-// A loop over lanes: unrolled, GCC would not see that it is one vector.
+// A loop over lanes, not unrolled: GCC vectorises the loop, but not its unrolled form.
 #define NIVMF_LANES(T, l) _Pragma("GCC unroll 1") for (int l = 0; l < kLanes<T>; ++l)
 
 namespace nivmf {
@@ -24,7 +24,7 @@ constexpr int64_t kLanes = 64 / sizeof(T);
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-// Zeros that start on a cache line.
+// An array of zeros that starts on a cache line.
 template <typename T>
 class Buffer {
  public:
@@ -40,7 +40,7 @@ class Buffer {
   std::vector<Line> lines_;
 };
 
-// Changes the lanes.
+// The sum of kLanes numbers; overwrites them.
 template <typename T>
 NIVMF_INLINE T sum_of(T* lanes) {
   for (int64_t width = kLanes<T> / 2; width > 0; width /= 2) {

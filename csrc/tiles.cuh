@@ -1,6 +1,6 @@
-// Tiles in shared memory: their layout, their copies, and the pipeline of two stages that copies a
-// slab while the one before it is added.
-// In: a functor that gives addresses in global memory. Out: tiles that the engines read.
+// Tiles in shared memory: their layout, their copies, and the two-stage pipeline that copies a slab
+// while the previous one is added.
+// In: a functor that returns addresses in global memory. Out: tiles that the engines read.
 // Called by pair_products (log_ppk.cuh), both gradients (log_ppk_backward.cuh) and engines.cuh.
 // Design: docs/design/log_ppk_cuda.md.
 #pragma once
@@ -13,8 +13,8 @@ namespace ppk {
 
 // A tile is kTile indices (rows, proxies or dimensions) by kDepth steps of the sum, in chunks of 16
 // bytes. It keeps the order of its source: index-major if the source is contiguous along the sum,
-// depth-major otherwise. Chunks are permuted so that neither the copies nor the reads of the two
-// engines hit a bank twice.
+// depth-major otherwise. Chunks are permuted so that neither the copies nor the engines' reads have
+// bank conflicts.
 
 template <typename T, int kTile>
 struct Tile {
@@ -29,7 +29,7 @@ struct IndexMajor {
     const int swizzle = ((index & 1) << 2) | ((index >> 1) & 3);
     return (index * kRowChunks + (chunk ^ swizzle)) * kChunk;
   }
-  // The sum's steps chunk * kChunk .. + kChunk - 1 at one index.
+  // Reads the steps chunk * kChunk .. + kChunk - 1 of the sum at one index.
   NIVMF_D static void read(const T* tile, int index, int chunk, T (&out)[kChunk]) {
     struct alignas(16) Chunk {
       T value[kChunk];
@@ -81,13 +81,13 @@ NIVMF_D void load_tile(T* tile, bool vector, const Source& source) {
   }
 }
 
-// Runs over the slabs (kSlabs per block) of the blocks begin .. end - 1 that are alive, copying one
-// slab ahead of the one being added. `alive` must be the same for all threads. The stages are free
-// again on return.
-template <int kSlabs, class Alive, class Load, class Add>
-NIVMF_D void pipeline(int begin, int end, const Alive& alive, const Load& load, const Add& add) {
+// Runs over the slabs (kSlabs per block) of the live ones among blocks begin .. end - 1, copying
+// one slab ahead of the one being added. `live` must be the same for all threads. The stages are
+// free again on return.
+template <int kSlabs, class Live, class Load, class Add>
+NIVMF_D void pipeline(int begin, int end, const Live& live, const Load& load, const Add& add) {
   const auto seek = [&](int block) {
-    while (block < end && !alive(block)) ++block;
+    while (block < end && !live(block)) ++block;
     return block;
   };
   int block = seek(begin), slab = 0, stage = 0;

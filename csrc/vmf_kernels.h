@@ -1,7 +1,7 @@
-// Entry points of the normaliser's and the sampler's kernels: raw pointers to contiguous memory,
-// no torch types, so that the .cu files compile without torch. T is float or double. All devices
-// have the same ones, named after them. CUDA's enqueue on `stream` (a cudaStream_t), never
-// synchronise, and return a cudaError_t; the CPU's ignore `stream` and return 0.
+// Entry points of the normaliser's and the sampler's kernels: raw pointers to contiguous memory and
+// no torch types, so that the .cu files compile without torch. T is float or double. Every device
+// has the same entry points, with its name as suffix. CUDA's enqueue on `stream` (a cudaStream_t),
+// never synchronise, and return a cudaError_t; the CPU's ignore `stream` and return 0.
 #pragma once
 
 #include <cstdint>

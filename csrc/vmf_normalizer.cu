@@ -1,9 +1,8 @@
 // The normaliser: g(k) = log C_D(k) - log C_D(0) or a derivative of it, for each concentration k.
-// In: concentration, the dimension, the order of the derivative (0, 1, 2). Out: an array alike.
-// One thread per element; the plan (series coefficients for this dimension) is a kernel argument,
-// so that the Horner loops read it from the constant bank.
-// Called by registration_cuda.cpp through vmf_kernels.h. Derivation: docs/math.md, "The
-// normaliser".
+// In: concentration, the dimension, the order of the derivative (0, 1, 2). Out: an array of the
+// same size. One thread per element; the plan (series coefficients for this dimension) is a kernel
+// argument, so that the Horner loops read it from the constant bank. Called by
+// registration_cuda.cpp through vmf_kernels.h. Derivation: docs/math.md, "The normaliser".
 #include <algorithm>
 
 #include "vmf_kernels.h"

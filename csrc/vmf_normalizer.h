@@ -1,13 +1,13 @@
-// log C_D(k) and its derivatives, T = float or double, one source for host and device. What depends
-// on the dimension alone is prepared on the host, in double, once per call: device code sees no
-// lgamma and no tables.
+// log C_D(k) and its derivatives, T = float or double, one source for host and device. Values that
+// depend on the dimension alone are prepared on the host, in double, once per call: device code
+// needs neither lgamma nor tables.
 //
 // With nu = D/2 - 1, S = sqrt(nu^2 + k^2) and t = nu/S, Debye's uniform expansion (DLMF 10.41.3) in
 // log form reads
 //     log I_nu(k) = S + nu log(k / (nu + S)) - log(2 pi S) / 2 + R,    R = sum_j P_j(t^2) / S^j.
 // Its error is about nu^-J, so small orders are lifted to nu + N, where it is accurate, and brought
 // back by N steps of the recurrence I_{d/2-1} / I_{d/2} = d/k + I_{d/2+1} / I_{d/2}, which is
-// stable in this direction. Far out, where 1/S itself is small, the expansion holds at the true
+// stable in this direction. For large k, where 1/S itself is small, the expansion holds at the true
 // order; near 0 a Taylor polynomial keeps the *relative* accuracy of g.
 #pragma once
 
@@ -60,8 +60,8 @@ struct LogNormalizerPlan {
 // The P_j come from R' = dR/dt. With U = e^R, Debye's recurrence for U (DLMF 10.41.9) becomes
 //     nu R' = ((v R')' + v R'^2) / 2 + (1 - 5 t^2) / 8,    v = t^2 (1 - t^2),
 // solved here order by order in 1/nu for R' = sum_j nu^-j t^(j-1) sum_i r[j][i] t^(2i), so that
-// P_j = sum_i r[j][i] / (j + 2i) t^(2i). All that is added to one r[j][i] has the sign of (-1)^i:
-// nothing cancels, and double gives the coefficients to a few ulps.
+// P_j = sum_i r[j][i] / (j + 2i) t^(2i). All terms of one r[j][i] have the sign (-1)^i: nothing
+// cancels, and double gives the coefficients to a few ulps.
 template <typename T>
 DebyeSeries<T> make_debye_series(double order, int terms) {
   constexpr int kTerms = NormalizerAccuracy<T>::kTerms;
@@ -124,7 +124,7 @@ struct LogNormalizer {
 
 namespace detail {
 
-// S, R and the ratio's values at one order.
+// S and R at one order, and A, 1 - A and A' there.
 template <typename T>
 struct DebyeValue {
   T s, r, a, b, slope;
@@ -156,8 +156,7 @@ NIVMF_HD DebyeValue<T> debye(T k, const DebyeSeries<T>& series) {
 
 }  // namespace detail
 
-// All five values at k; NaN unless 0 <= k <= kMaxConcentration. What the caller leaves unused the
-// compiler drops.
+// All five values at k; NaN unless 0 <= k <= kMaxConcentration. The compiler drops unused ones.
 template <typename T>
 NIVMF_HD LogNormalizer<T> log_normalizer(T k, const LogNormalizerPlan<T>& plan) {
   using Accuracy = NormalizerAccuracy<T>;

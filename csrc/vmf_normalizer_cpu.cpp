@@ -1,5 +1,5 @@
-// log C_D(k) and its derivatives, elementwise: a few dozen flops per element, so a plain loop over
-// the threads.
+// log C_D(k) and its derivatives on the CPU: a plain parallel loop, as an element costs only a few
+// dozen flops.
 #include "parallel.h"
 #include "vmf_kernels.h"
 #include "vmf_normalizer.h"

@@ -1,10 +1,9 @@
 // The law of w = mu.x, T = float or double, one source for host and device.
 //
 // Ulrich's rejection (1984) as corrected by Wood (1994), written so that nothing cancels for any k:
-// the proposal is a uniform point of the sphere pushed through tan(theta/2) -> sqrt(b)
-// tan(theta/2), and the acceptance ratio is ((1 - y) e^y)^m, m = D - 1, in which k does not appear.
-// It accepts with probability > 0.658 for every D and k, so 64 attempts fail with probability
-// 1e-30.
+// the proposal is a uniform point of the sphere mapped by tan(theta/2) -> sqrt(b) tan(theta/2), and
+// the acceptance ratio is ((1 - y) e^y)^m, m = D - 1, in which k does not appear. It accepts with
+// probability > 0.658 for every D and k, so 64 attempts all fail with probability 1e-30.
 #pragma once
 
 #include <cmath>
@@ -18,7 +17,7 @@ namespace nivmf {
 
 constexpr int kAttempts = 64, kGammaRounds = 64;
 
-// A mean direction of this length before normalisation and this concentration make a distribution.
+// Whether a mean direction of this length before normalisation and this concentration are valid.
 template <typename T>
 NIVMF_HD bool is_distribution(T length, T concentration) {
   return length > 0 && length - length == 0 && concentration >= 0 &&
@@ -42,8 +41,8 @@ struct Radial {
   T w, one_minus_w, s;  // s = sqrt(1 - w^2)
 };
 
-// What a normal g and an independent chi-square with m degrees of freedom propose; `accepted` tells
-// what the uniform u decides.
+// The proposal from a normal g and an independent chi-square with m degrees of freedom; `accepted`
+// is the decision by the uniform u.
 template <typename T>
 NIVMF_HD Radial<T> propose_radial(T g, T chi2, T u, const RadialLaw<T>& law, bool& accepted) {
   const T bounded = chi2 > T(1e-30) ? chi2 : T(1e-30);
@@ -63,8 +62,8 @@ NIVMF_HD Radial<T> propose_radial(T g, T chi2, T u, const RadialLaw<T>& law, boo
   return {(1 - o) * inverse, 2 * o * inverse, 2 * law.root_b * q * inverse};
 }
 
-// 2 Gamma(m/2) = chi-square with m degrees of freedom, by Marsaglia and Tsang (2000); `boost` is a
-// uniform for m = 1.
+// 2 Gamma(m/2), a chi-square with m degrees of freedom, by Marsaglia and Tsang (2000); `boost` is a
+// uniform that only m = 1 needs.
 template <typename T>
 NIVMF_HD T draw_chi2(T m, T boost, const SampleStream& stream, uint32_t attempt) {
   const T alpha = m / 2 + (m < 2 ? 1 : 0), d = alpha - T(1) / 3, c = 1 / std::sqrt(9 * d);
@@ -74,14 +73,14 @@ NIVMF_HD T draw_chi2(T m, T boost, const SampleStream& stream, uint32_t attempt)
     const T z = box_muller(uniform<T>(words.w0), uniform<T>(words.w1)).first;
     const T root = 1 + c * z;
     v = root * root * root;
-    // 1 - v is exact near 1, where v lies when d is large and would magnify a rounding.
+    // For large d, which would magnify a rounding, v is near 1, and 1 - v is exact there.
     if (v > 0 && std::log(uniform<T>(words.w2)) <= z * z / 2 + d * ((1 - v) + std::log(v))) break;
   }
   return 2 * d * v * (m < 2 ? boost * boost : T(1));
 }
 
 // w for one sample. The first proposal is free: g = n.mu and chi2 = |n - g mu|^2 of the sample's
-// own normals n, whose direction is independent of both and is kept whatever is rejected.
+// own normals n, whose tangent direction is independent of both and kept after a rejection.
 template <typename T>
 NIVMF_HD Radial<T> draw_radial(T g, T chi2, const RadialLaw<T>& law, const SampleStream& stream) {
   Radial<T> radial;

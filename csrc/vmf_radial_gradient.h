@@ -1,13 +1,14 @@
 // dw/dk at a fixed quantile, T = float or double, one source for host and device.
 //
-// phi = (dw/dk) / (1 - w^2) is smooth up to both poles, so that is what is computed, and with x the
-// sample and G = dL/dx the gradient is dL/dk = phi (G.mu - w G.x): no sqrt(1 - w^2) divides it.
+// Computes phi = (dw/dk) / (1 - w^2), which is smooth up to both poles. With the sample x and
+// G = dL/dx the gradient is dL/dk = phi (G.mu - w G.x), without a division by sqrt(1 - w^2).
 // For larger D phi is expanded in 1 / (D - 1): with x0 = (1 - b) / (1 + b), beta = 1 - x0^2,
 // rho = beta / (D - 1) and i = 1 / (1 + x0 w) it is a polynomial in i whose coefficients depend on
 // the image alone, exact at k -> 0 and k -> inf. For small D the expansion does not converge, and
 // -(dF/dk) / f is integrated by Gauss-Legendre quadrature in the angle over the tail that the
-// sample cuts off, as far as a parabola under its log density falls by kRange. The true density
-// falls less, down to 0.4 of that, so kRange is generous: 18 would leave errors of 3e-4 at D = 3.
+// sample cuts off, as far as a parabola under its log density falls by kRange. The true log
+// density falls less, by as little as 0.4 of that, so kRange is generous: 18 would leave errors of
+// 3e-4 at D = 3.
 #pragma once
 
 #include <cmath>
@@ -65,7 +66,7 @@ RadialGradientPlan<T> make_radial_gradient_plan(int64_t dim) {
   return plan;
 }
 
-// What the image's samples share.
+// Values that an image's samples share.
 template <typename T>
 struct RadialGradient {
   static constexpr int kDegree = 2 * GradientAccuracy<T>::kOrder + 1;
@@ -116,7 +117,7 @@ NIVMF_HD RadialGradient<T> make_radial_gradient(T k, const RadialGradientPlan<T>
   return out;
 }
 
-// One angle of the quadrature: everything but the node.
+// The quadrature of one sample, except for the node.
 template <typename T>
 struct AngularQuadrature {
   T k, dim_minus_2, w, s, side, cot, turns, gap, scale;

@@ -1,8 +1,8 @@
 // The vMF sampler on the GPU: x = w mu + sqrt(1 - w^2) t, w by rejection from vmf_radial.h, t the
 // direction of normals across mu; backward: dw/dk from vmf_radial_gradient.h.
-// In and out as vmf_kernels.h says; called by registration_cuda.cpp. One launch each way: forward a
-// group of lanes, or beyond 1024 dimensions a block, owns a sample; backward a block owns an image.
-// No atomics, every sum has one order. docs/design/sampler.md says why.
+// Inputs and outputs: vmf_kernels.h. Called by registration_cuda.cpp. One launch in each direction:
+// forward a group of lanes, or above 1024 dimensions a block, owns a sample; backward a block owns
+// an image. No atomics: every sum has a fixed order. Design: docs/design/sampler.md.
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
@@ -17,7 +17,7 @@ namespace {
 
 constexpr int64_t kMaxDim = int64_t(1) << 30;  // an index within a row is an int
 constexpr int kThreads = 128, kWarps = kThreads / 32;
-constexpr int kChunk = 256;  // samples whose row sums the backward keeps at a time
+constexpr int kChunk = 256;  // samples whose row sums the backward holds at a time
 
 template <typename T>
 struct alignas(16) Quad {
@@ -166,14 +166,14 @@ __device__ __forceinline__ Placement<T> place(T g, T chi2, T taken, T length, co
   return {(radial.w + scale * taken) / length, scale, radial.one_minus_w};
 }
 
-// A group of kGroup lanes owns a sample, and a lane up to kQuads blocks of 4 normals, which stay in
-// registers. Sums over the group are butterflies, so that all its lanes hold the same bits and run
-// the rejection loop together, without a broadcast and without divergence inside a group.
+// A group of kGroup lanes owns a sample, and each lane holds up to kQuads blocks of 4 normals in
+// registers. Sums over the group are butterflies, so all its lanes hold the same bits and run the
+// rejection loop together, without a broadcast and without divergence inside a group.
 template <typename T, int kGroup, int kQuads>
 __global__ void __launch_bounds__(kThreads) rsample_kernel(const Forward<T> op) {
   constexpr int kGroups = kThreads / kGroup;
-  // In few dimensions the tangent can be short, so that the rounding error that the first pass
-  // leaves along mu would show.
+  // In few dimensions the tangent can be short, and the rounding error that the first pass leaves
+  // along mu is then visible.
   constexpr bool kTwice = kGroup < 32;
   const int lane = threadIdx.x % kGroup, dim = int(op.dim);
   const int64_t rows = op.n * op.batch, stride = int64_t(gridDim.x) * kGroups;
@@ -221,6 +221,7 @@ __global__ void __launch_bounds__(kThreads) rsample_kernel(const Forward<T> op) 
     if (lane == 0) op.one_minus_w[row_offset(row.sample, row.image, op.batch, 1)] = at.one_minus_w;
   }
 }
+
 // The same for any dim: a block owns a sample and keeps its normals in the output row, which stays
 // in cache.
 template <typename T>
@@ -289,9 +290,9 @@ __device__ __forceinline__ T warp_radial_gradient(T one_minus_w, const RadialGra
 }
 
 // A block owns an image, so that its second pass over the rows finds them in cache and every sum
-// has one fixed order. `width` neighbouring threads (a power of two) cover a row's quads; with few
-// quads, kThreads / width samples run in parallel. (With 4 blocks per multiprocessor as the bound,
-// ptxas uses the registers it may and spills none in double.)
+// has a fixed order. `width` neighbouring threads (a power of two) cover a row's quads; with few
+// quads, kThreads / width samples run in parallel. (The launch bound of 4 blocks lets ptxas use
+// enough registers to avoid spills in double.)
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 4)
     rsample_backward_kernel(const Backward<T> op,

@@ -1,8 +1,8 @@
 // The vMF sampler on the CPU: x = w mu + sqrt(1 - w^2) t, w by rejection from vmf_radial.h, t the
 // direction of normals across mu; backward: dw/dk from vmf_radial_gradient.h.
-// In and out as vmf_kernels.h says; called by registration_cpu.cpp. Loops over dimensions run over
-// whole groups of kGroup on zero-padded copies, so that a sum has one order and a sample the same
-// bits in any batch, split and number of threads. docs/design/sampler.md says why.
+// Inputs and outputs: vmf_kernels.h. Called by registration_cpu.cpp. Loops over dimensions run over
+// whole groups of kGroup on zero-padded copies, so that a sum has a fixed order and a sample the
+// same bits in any batch, split and number of threads. Design: docs/design/sampler.md.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -55,7 +55,7 @@ NIVMF_INLINE T dot(const T* __restrict__ a, const T* __restrict__ b, int64_t siz
   return sum_lanes(lanes);
 }
 
-// mu = loc / |loc|, zero-padded; returns |loc|, or NaN where the image has no distribution.
+// mu = loc / |loc|, zero-padded; returns |loc|, or NaN if loc or the concentration is invalid.
 template <typename T>
 NIVMF_INLINE T load_image(const T* loc, T concentration, int64_t dim, T* mu) {
   const int64_t size = padded(dim);
@@ -109,7 +109,7 @@ NIVMF_INLINE void forward_rows(const Forward<T>& op, int64_t begin, int64_t end)
         lanes[l] += v[d + l] * mu[d + l];
       }
     }
-    const T rest = sum_lanes(lanes);  // once more: at small D the first pass's rounding is seen
+    const T rest = sum_lanes(lanes);  // again: at small D the first pass's rounding matters
     std::fill_n(lanes, kGroup, T(0));
     for (int64_t d = 0; d < size; d += kGroup) {
       for (int l = 0; l < kGroup; ++l) {
@@ -140,7 +140,7 @@ struct Backward {
   T* grad_concentration;
 };
 
-// kGroup elements from d on, zero beyond dim: in place or, at the end of a row, copied.
+// kGroup elements from d on, zero beyond dim: in place, or at the end of a row as a copy.
 template <typename T>
 NIVMF_INLINE const T* lanes_at(const T* row, int64_t d, int64_t dim, T* copy) {
   if (d + kGroup <= dim) return row + d;
@@ -211,7 +211,7 @@ NIVMF_CLONES void run_backward(const Backward<double>& op, const RadialGradientP
   backward_images(op, plan, begin, end);
 }
 
-constexpr int64_t kGrain = 1 << 14;  // elements worth waking a thread for
+constexpr int64_t kGrain = 1 << 14;  // elements that justify waking a thread
 
 }  // namespace
 

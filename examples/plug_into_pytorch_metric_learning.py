@@ -1,4 +1,4 @@
-"""A loss of this package in a loop of pytorch-metric-learning, beside one of its own with a miner.
+"""Add a loss of this package to a pytorch-metric-learning loop with a pair loss and a miner.
 
     python examples/plug_into_pytorch_metric_learning.py
 
@@ -18,7 +18,7 @@ CLASSES, DIM = 60, 16
 
 
 def data() -> tuple[torch.Tensor, torch.Tensor]:
-    """Classes lie along a few directions of the inputs; all others are noise."""
+    """Inputs whose classes differ along a few directions; all others are noise."""
     labels = torch.arange(CLASSES).repeat_interleave(30)
     signal = 2 * torch.randn(CLASSES, 8)[labels] + 0.5 * torch.randn(len(labels), 8)
     return torch.cat((signal, 3 * torch.randn(len(labels), 56)), 1), labels
@@ -46,7 +46,7 @@ before = precision(network, images[~seen], labels[~seen])
 for _ in range(10):
     for batch, y in batches:
         embeddings = 10 * network(batch)  # raw: their norm is the concentration
-        # a proxy loss takes the batch as it is, a pair loss the miner's choice of pairs too
+        # a proxy loss takes the batch as it is, a pair loss also the pairs that the miner chooses
         value = proxies(embeddings, y) + pairs(embeddings, y, miner(embeddings, y))
         optimiser.zero_grad()
         value.backward()

@@ -1,4 +1,4 @@
-"""The sampler, the kernel of two distributions, and a loss, in a minute of reading.
+"""The sampler, the product kernel and a loss, in one page.
 
     python examples/quickstart.py
 
@@ -16,14 +16,14 @@ from nivmf_fast import ELNivMFLoss, log_ppk, vmf_mean_resultant_length, vmf_rsam
 
 torch.manual_seed(0)
 
-# An image is a direction on the sphere and how certain it is. Sampling is exact in any dimension.
+# An image is a direction on the sphere and its certainty. Sampling is exact in any dimension.
 loc, concentration = torch.eye(128)[:3], torch.full((3,), 60.0)
 samples = vmf_rsample(loc, concentration, 1000, seed=0)  # [1000, 3, 128]
 cosine = (samples * loc).sum(-1).mean()
 exact = vmf_mean_resultant_length(concentration, 128)[0]
 print(f"mean cosine of 1,000 samples to their direction: {cosine:.3f} (exact: {exact:.3f})")
 
-# How likely each class (a direction, and a concentration for every dimension) explains an image.
+# How well each class (a direction, and a concentration for every dimension) explains an image.
 similarity = log_ppk(samples, loc, torch.full((3, 128), 30.0))
 print(f"nearest proxy of each image: {similarity.argmax(1).tolist()}")
 

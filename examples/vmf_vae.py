@@ -1,6 +1,6 @@
-"""A variational autoencoder whose latent space is a sphere, on scikit-learn's digits.
+"""Train a variational autoencoder with a spherical latent space on scikit-learn's digits.
 
-    python examples/vmf_vae.py            (--epochs 5 is a quick try)
+    python examples/vmf_vae.py            (--epochs 5 for a quick run)
 
 The posterior is von Mises-Fisher, the prior uniform: the divergence between them depends on the
 concentration alone, and samples are differentiable in direction and concentration. Prints, up to
@@ -38,7 +38,7 @@ class SphereVAE(nn.Module):
         return VonMisesFisher(normalize(self.direction(h), dim=1), concentration)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Squared error of the reconstruction, and nats that the code takes, per image."""
+        """Squared error of the reconstruction and divergence from the prior, in nats per image."""
         q = self.posterior(x)
         error = (self.decoder(q.rsample()) - x).square().sum(1) / (2 * 0.2**2)
         return error.mean(), kl_divergence(q, self.prior).mean()

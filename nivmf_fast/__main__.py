@@ -1,4 +1,4 @@
-"""`python -m nivmf_fast`: what is installed, built and usable here, for bug reports."""
+"""`python -m nivmf_fast`: report what is installed, built and usable here, for bug reports."""
 
 import os
 import platform

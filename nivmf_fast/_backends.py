@@ -1,4 +1,4 @@
-"""The backends, a row each: what computes the ops, whether it can run here, and which one does."""
+"""The table of backends: their kernels, whether they can run here, and the choice of one."""
 
 import functools
 import importlib
@@ -17,7 +17,7 @@ from nivmf_fast._schemas import SAVED_SCHEMA, SCHEMAS, Options, takes_options
 
 _HERE = Path(__file__).parent
 
-# The compiled libraries implement these operators, whose arguments are those of the public ops.
+# The compiled libraries implement these operators; the public ops add `backend` to the arguments.
 _kernels = torch.library.Library("nivmf_kernels", "DEF")
 for _name, (_arguments, _returns) in SCHEMAS.items():
     _kernels.define(f"{_name}({_arguments}) -> {_returns}")
@@ -41,18 +41,19 @@ _NO_GPU = BackendState(
 
 
 def build_info() -> dict[str, Any]:
-    """What the build recorded: the torch it was built for, compilers, what is off and why."""
+    """The build's record: the torch it was built for, compilers, and what was left out and why."""
     path = _HERE / "_build_info.json"
     return dict(json.loads(path.read_text())) if path.is_file() else {}
 
 
 class Backend:
-    """One way to compute the ops of `_schemas.py`; each kind below says how."""
+    """A way to compute the ops of `_schemas.py`; the subclasses are the kinds."""
 
     def __init__(self, name: str, *devices: str) -> None:
         self.name, self._devices = name, devices
 
     def state(self) -> BackendState:
+        """Whether the backend was built, and whether it can run on this machine."""
         return BackendState(True, True)
 
     def has(self, op: str) -> bool:
@@ -60,14 +61,15 @@ class Backend:
         raise NotImplementedError
 
     def function(self, op: str) -> Callable[..., Any]:
-        """The op's implementation, which takes the op's arguments but for `backend`."""
+        """The op's implementation, which takes the op's arguments except `backend`."""
         raise NotImplementedError
 
     def saved_like(self, op: str, samples: Tensor, loc: Tensor, options: Options) -> Tensor:
-        """A tensor like the one that log-PPK or proxy-NCA saves; its contents are private."""
+        """A tensor shaped as the one that log-PPK or proxy-NCA saves; its contents are private."""
         raise NotImplementedError
 
     def runs_on(self, device: str) -> bool:
+        """Whether the backend computes on tensors of a type of device."""
         return device in self._devices
 
 
@@ -103,18 +105,18 @@ class Reference(Backend):
 
 
 class Compiled(Backend):
-    """A library of csrc/, which registers its kernels for its device when it is loaded."""
+    """A library built from csrc/, which registers its kernels for its device when loaded."""
 
     def __init__(self, name: str, device: str) -> None:
         super().__init__(name, device)
-        # Defined here, since the fake kernels need it where the library is missing too.
+        # Defined even if the library is missing, because the fake kernels need it there too.
         self._saved = f"proxy_nca_saved_{name}"
         _kernels.define(f"{self._saved}({SAVED_SCHEMA}) -> int[]")
         self.library = self._load()
 
     def _load(self) -> BackendState:
         info, stem = build_info(), f"_C_{self.name}"
-        rebuild = "NIVMF_REQUIRE_EXT=1 pip install --no-deps . in the source tree (says what fails)"
+        rebuild = "NIVMF_REQUIRE_EXT=1 pip install --no-deps . in the source tree (reports errors)"
         library = _HERE / f"{stem}.so"
         if not library.is_file():
             reason = info.get("off", {}).get(stem, "it was not built")
@@ -151,7 +153,7 @@ class Compiled(Backend):
 
 
 class Cpu(Compiled):
-    """The library for CPUs, whose ops compile once for all batch sizes."""
+    """The library for CPUs; torch.compile traces its ops once for all batch sizes."""
 
     def saved_like(self, op: str, samples: Tensor, loc: Tensor, options: Options) -> Tensor:
         symbolic = any(isinstance(size, torch.SymInt) for size in (*samples.shape, len(loc)))
@@ -163,8 +165,8 @@ class Cpu(Compiled):
 
     @staticmethod
     def saved_shape(N: int, B: int, P: int, itemsize: int, options: Options) -> tuple[int, int]:
-        # proxy_nca_saved_cpu again: C++ takes no symbolic sizes, so that asking it would make
-        # torch.compile compile anew for every batch size
+        # repeats proxy_nca_saved_cpu: C++ takes no symbolic sizes, so that calling it would make
+        # torch.compile recompile for every batch size
         width = min(128, (P + 15) // 16 * 16)
         panels, scores, workspace = (P + width - 1) // width, 2 * N * B * width, options.workspace
         kept = options.keep and panels * scores * itemsize <= workspace - workspace // 8
@@ -172,7 +174,7 @@ class Cpu(Compiled):
 
 
 class Triton(Backend):
-    """Triton kernels: CUDA, and every device under Triton's interpreter."""
+    """Triton kernels, on CUDA and under Triton's interpreter on every device."""
 
     def state(self) -> BackendState:
         if importlib.util.find_spec("triton") is None:
@@ -214,7 +216,7 @@ class Triton(Backend):
 
 
 def _packed(op: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, which takes one `Options`, with the flat ones of an op."""
+    """Adapt a function that takes one `Options` to the flat options of an op."""
     if not takes_options(op):
         return function
     count = len(Options._fields)
@@ -234,7 +236,10 @@ _PREFERRED = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference
 
 
 def backends() -> dict[str, BackendState]:
-    """Every backend by name, with its state on this machine.
+    """List the backends by name, with their state on this machine.
+
+    Returns:
+        For each: whether it was built, whether it is usable, and if not the reason and a remedy.
 
     Example:
         >>> import nivmf_fast
@@ -244,7 +249,7 @@ def backends() -> dict[str, BackendState]:
     return {name: _state(name) for name in BACKENDS}
 
 
-# What is built and usable does not change while the process lives.
+# Cached: it does not change while the process lives.
 @functools.cache
 def _state(name: str) -> BackendState:
     return BACKENDS[name].state()
@@ -258,10 +263,10 @@ def _computes(name: str, op: str, device: str) -> bool:
 def which_backend(
     op: str, device: torch.device | str, dtype: torch.dtype = torch.float32, backend: str = "auto"
 ) -> str:
-    """The backend that computes `op` ("vmf_rsample", "proxy_nca", ...) on a device.
+    """Name the backend that computes `op` ("vmf_rsample", "proxy_nca", ...) on a device.
 
     "auto" takes the first usable of: on CPUs cpu, reference; on CUDA cuda, triton, reference;
-    elsewhere reference. A backend asked for by name is used or an error says why it cannot be.
+    elsewhere reference. A backend asked for by name is used, or an error explains why it cannot be.
 
     Args:
         op: the name of a public function with a `backend` argument.
@@ -269,9 +274,12 @@ def which_backend(
         dtype: their type; every backend computes float32 and float64.
         backend: "auto", or a name in `backends()`.
 
+    Returns:
+        A name in `backends()`.
+
     Raises:
         ValueError: unknown op or backend name.
-        RuntimeError: the backend asked for cannot compute this here; says why and what to do.
+        RuntimeError: the backend asked for cannot compute this here; explains why, and the remedy.
 
     Example:
         >>> import nivmf_fast
@@ -283,7 +291,7 @@ def which_backend(
 
 @functools.cache
 def choose(op: str, device: str, backend: str) -> Backend:
-    """The row behind `which_backend`."""
+    """Choose as `which_backend` does, on a type of device; returns the backend itself."""
     if op not in SCHEMAS:
         known = ", ".join(name for name in SCHEMAS if not name.endswith("_backward"))
         raise ValueError(f"op must be one of {known}; got {op!r}")
@@ -312,5 +320,5 @@ def choose(op: str, device: str, backend: str) -> Backend:
 
 @functools.cache
 def implementation(op: str, device: str, backend: str) -> Callable[..., Any]:
-    """The function that computes `op` on a type of device, given the op's own arguments."""
+    """The function that computes `op` on a type of device, from the op's arguments."""
     return choose(op, device, backend).function(op)

@@ -1,7 +1,7 @@
-"""Checks of what the public functions are given, and the one type that they compute in.
+"""Checks of the public functions' arguments, and their conversion to one type.
 
-An error says what came, what is allowed and, where it is not plain, what to do. Shapes, types,
-devices and Python numbers are always checked; values of tensors where `checks_values` says so.
+Errors state the value, the values allowed and, unless it is obvious, the remedy. Shapes, types,
+devices and Python numbers are always checked; tensor values if `checks_values` allows.
 """
 
 import math
@@ -14,13 +14,13 @@ from nivmf_fast._schemas import NORMALIZERS, PRECISIONS, Normalizer, Options, Pr
 
 
 def computable(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """All in one floating type: float64 if any is, else float32."""
+    """Convert all tensors to one floating type: float64 if any is, else float32."""
     double = any(t.dtype == torch.float64 for t in tensors)
     return tuple(t.to(torch.float64 if double else torch.float32) for t in tensors)
 
 
 def checks_values(validate: bool | None, tensor: Tensor) -> bool:
-    """Whether values are to be looked at; on a GPU that is a synchronisation, hence on request."""
+    """Whether to check tensor values, which on a GPU synchronises and so needs validate=True."""
     if torch.compiler.is_compiling():  # a check is a branch on data, which a graph cannot hold
         return False
     return tensor.device.type == "cpu" if validate is None else validate
@@ -59,7 +59,7 @@ def check_same_device(**tensors: Tensor) -> None:
 
 
 def check_all(name: str, tensor: Tensor, ok: Tensor, allowed: str) -> None:
-    """Raise for the first element (or row) of `tensor` where `ok` is false."""
+    """Raise a ValueError for the first element (or row) of `tensor` where `ok` is false."""
     if bool(ok.all()):
         return
     index = (~ok).nonzero()[0].tolist()
@@ -82,7 +82,10 @@ def checked_options(
     workspace: int | None,
     tensors: list[Tensor],
 ) -> Options:
-    """The options of a call on `tensors`; scores are kept if one of them requires a gradient."""
+    """Check the options of a call on `tensors`, and pack them with their defaults.
+
+    Scores are kept if one of the tensors requires a gradient.
+    """
     check_options(normalizer, precision, workspace)
     scratch = workspace or (256 if tensors[0].device.type == "cuda" else 64) << 20
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
@@ -114,7 +117,7 @@ def check_proxies(
 
 
 def _all_between(tensor: Tensor, low: float, high: float = math.inf) -> bool:
-    """low < all < high and no NaN, without temporaries of the tensor's size."""
+    """Whether low < all < high and none is NaN, without temporaries of the tensor's size."""
     if tensor.numel() == 0:
         return True
     least, most = torch.aminmax(tensor.detach())
@@ -132,7 +135,7 @@ def check_labels(labels: Tensor, B: int, P: int, validate: bool | None) -> None:
 
 
 def temperature_tensor(temperature: float | Tensor, like: Tensor, validate: bool | None) -> Tensor:
-    """A checked temperature as a 0-d tensor on the device of `like`."""
+    """Check the temperature; return it as a 0-d tensor on the device of `like`."""
     if isinstance(temperature, Tensor):
         check_shape("temperature", temperature, "[] (0-d)", 0)
         check_same_device(samples=like, temperature=temperature)
@@ -150,7 +153,7 @@ def temperature_tensor(temperature: float | Tensor, like: Tensor, validate: bool
 def checked_pairs(
     loc1: Tensor, concentration1: Tensor, loc2: Tensor, concentration2: Tensor, pairwise: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """1 - mu1 . mu2 of two sets of vMFs, and their concentrations in shapes that broadcast."""
+    """Check two sets of vMFs; return 1 - mu1 . mu2 and concentrations that broadcast with it."""
     check_shape("loc1", loc1, "[B, D]", 2)
     B, D = loc1.shape
     special.check_dim(D)
@@ -173,7 +176,7 @@ def checked_pairs(
 def seed_tensor(
     seed: int | Tensor | None, generator: Generator | None, device: torch.device
 ) -> Tensor:
-    """A checked seed, or one drawn, as a 0-d int64 tensor: drawn on the device, no GPU waits."""
+    """Check a seed, or draw one; return it as a 0-d int64 tensor, without synchronising a GPU."""
     if seed is None:
         return torch.randint(
             -(2**63), 2**63 - 1, (), dtype=torch.int64, device=device, generator=generator
@@ -194,12 +197,12 @@ def seed_tensor(
 
 
 def require(name: str, value: object, ok: bool, rule: str) -> None:
-    """Raise a ValueError about the option unless it is ok."""
+    """Raise a ValueError that states the rule, unless `ok`."""
     if not ok:
         raise ValueError(f"{name} must be {rule}; got {value!r}")
 
 
 def require_int(name: str, value: object, least: int) -> None:
-    """Raise a ValueError unless the option is an int, at least that."""
+    """Raise a ValueError unless the value is an int of at least `least`."""
     ok = isinstance(value, int) and not isinstance(value, bool) and value >= least
     require(name, value, ok, f"an int, at least {least}")

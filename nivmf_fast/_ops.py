@@ -1,4 +1,4 @@
-"""Registers the ops: each hands its arguments to the backend named last; fakes give the shapes.
+"""Registers the ops, which call the backend named by their last argument, and their fake kernels.
 
 The ops are `torch.ops.nivmf_fast.*`, with the schemas of `_schemas.py` and `str backend` appended.
 """

@@ -1,6 +1,6 @@
-"""The op contract as values: schemas, the options of log-PPK and their names.
+"""The op contract as values: the schemas, and the options of log-PPK with their names.
 
-Imports nothing of the library, so that every layer may read it.
+Imports nothing from the library, so that every layer may import it.
 """
 
 import math
@@ -16,20 +16,20 @@ PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 
 class Options(NamedTuple):
-    """How log-PPK is computed; the last arguments of its ops, in this order."""
+    """Options of log-PPK: the last arguments of its ops, in this order."""
 
-    exact: bool  # the exact normaliser, not the research code's
-    projection: bool  # (K mu).(K x)/|K x|, not (K mu).x
-    precision: int  # index into PRECISIONS: the stable ABI has numbers, no strings
+    exact: bool  # normaliser; False: the research code's
+    projection: bool  # score with (K mu).(K x)/|K x|; False: with (K mu).x
+    precision: int  # index into PRECISIONS: the stable ABI has no strings
     workspace: int  # bytes of scratch, and of scores kept for the backward
-    keep: bool  # whether a backward pass follows, for which scores are worth keeping
+    keep: bool  # whether a backward follows, so that scores are worth keeping
 
 
 def dead_log2(dtype: torch.dtype, logits: int) -> float:
     """log2 of the softmax weight below which a tile is dead.
 
-    An image has `logits` = N P weights that sum to 1. Those that lie below this bound sum to less
-    than half an ulp of 1, so that leaving them out changes nothing that `dtype` can hold.
+    An image has `logits` = N P weights that sum to 1. Those below this bound sum to less than half
+    an ulp of 1, so that omitting them changes nothing that `dtype` can represent.
     """
     return math.log2(torch.finfo(dtype).eps / 2) - math.log2(logits)
 
@@ -37,7 +37,7 @@ def dead_log2(dtype: torch.dtype, logits: int) -> float:
 _PROXIES = "Tensor samples, Tensor loc, Tensor concentration"
 _OPTIONS = ", ".join(f"{kind.__name__} {name}" for name, kind in get_type_hints(Options).items())
 
-# Arguments and returns of each op; the public op appends `str backend` to the arguments.
+# Arguments and returns of each op. The public op appends `str backend` to the arguments.
 SCHEMAS = {
     "vmf_log_normalizer": ("Tensor concentration, int dim, int order", "Tensor"),
     "vmf_rsample": (
@@ -48,15 +48,15 @@ SCHEMAS = {
         "Tensor grad, Tensor samples, Tensor one_minus_w, Tensor loc, Tensor concentration",
         "(Tensor, Tensor)",
     ),
-    # -> s less its constants, saved, the bias that was left out
+    # -> s without its constants, saved, the bias left out of s
     "log_ppk": (f"{_PROXIES}, Tensor temperature, {_OPTIONS}", "(Tensor, Tensor, Tensor)"),
     "log_ppk_backward": (
         f"Tensor grad, {_PROXIES}, Tensor temperature, Tensor saved, {_OPTIONS}",
         "(Tensor, Tensor, Tensor, Tensor)",
     ),
-    # -> losses, partial, saved. `loc` may be any range of all proxies (with labels counted from
-    # its first): the rows of `partial` are each image's maximum and log sum over the range, then
-    # over its own proxy (-inf, 0 outside the range), and the backward takes the combined ones.
+    # -> losses, partial, saved. `loc` may be any range of all proxies, with labels counted from its
+    # first. `partial` is that of _partials.py over the range; the backward takes the one combined
+    # over all ranges.
     "proxy_nca": (
         f"{_PROXIES}, Tensor labels, Tensor temperature, {_OPTIONS}",
         "(Tensor, Tensor, Tensor)",
@@ -74,6 +74,6 @@ def takes_options(op: str) -> bool:
     return SCHEMAS[op][0].endswith(_OPTIONS)
 
 
-# The shape of what `proxy_nca` saves in a compiled library, which registers this as
-# proxy_nca_saved_cpu or proxy_nca_saved_cuda for the fake kernel.
+# Arguments of proxy_nca_saved_cpu and proxy_nca_saved_cuda: a compiled library's shape of the array
+# that its `proxy_nca` saves, for the fake kernel.
 SAVED_SCHEMA = f"int n, int batch, int proxies, int dim, bool double, {_OPTIONS}"

@@ -1,4 +1,4 @@
-"""Backward formulas, registered for every op that has one; the loss over shards has its own."""
+"""Backward formulas of the ops, and the autograd function of proxy-NCA over shards."""
 
 from typing import Any
 
@@ -45,8 +45,8 @@ def _rsample(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...
     return (*into, None, None, None, None)
 
 
-# How many arguments of the ops are tensors; the options and the backend follow, and the backward
-# takes them as they are.
+# The number of tensors among an op's arguments. Options and backend follow, which the backward op
+# takes unchanged.
 _LOG_PPK_TENSORS, _PROXY_NCA_TENSORS = 4, 5
 
 
@@ -89,9 +89,10 @@ def _proxy_nca_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 class ShardedProxyNCA(torch.autograd.Function):
-    """`proxy_nca` of a range of proxies: `combine` makes the partial of all ranges in between.
+    """`proxy_nca` over all proxies, of which only a range is here.
 
-    Takes the five tensors of the op, `combine`, and the op's flat options with the backend.
+    Between the forward and the loss, `combine` turns the partial of this range into that of all.
+    Takes the op's five tensors, `combine`, and a tuple of the op's flat options and backend.
     """
 
     @staticmethod

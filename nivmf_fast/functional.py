@@ -1,7 +1,7 @@
 """The public functions: what they compute, what they accept, and the errors they raise.
 
 B images with N samples each, P proxies, dimension D, temperature T. Every function takes float32
-or float64 tensors of any strides; half-precision inputs are computed in, and give, float32.
+or float64 tensors of any strides; half-precision inputs are converted to, and give, float32.
 """
 
 import math
@@ -24,14 +24,14 @@ def vmf_log_normalizer(
     Args:
         concentration: k >= 0, any shape. Negative or NaN input and values above 1e18 give NaN.
         dim: D, 2 to 65,536.
-        constants: False leaves out log C_D(0), which keeps small differences exact in float32.
+        constants: False omits log C_D(0), so that float32 resolves small differences.
         backend: "auto" or a name in `backends()`; see `which_backend`.
 
     Returns:
         A tensor of the same shape; twice differentiable, with first derivative -A_D.
 
     Raises:
-        TypeError, ValueError: not a floating tensor; dim out of range.
+        TypeError: not a floating tensor. ValueError: dim out of range.
 
     Source: DLMF 10.41 (uniform expansions of Bessel functions); docs/math.md.
 
@@ -55,7 +55,7 @@ def vmf_mean_resultant_length(concentration: Tensor, dim: int, *, backend: str =
         A tensor of the same shape, in 0 .. 1; differentiable once.
 
     Raises:
-        TypeError, ValueError: not a floating tensor; dim out of range.
+        TypeError: not a floating tensor. ValueError: dim out of range.
 
     Source: Mardia & Jupp, Directional Statistics (2000), chapter 9.
 
@@ -75,18 +75,18 @@ def _derivative(concentration: Tensor, dim: int, order: int, backend: str) -> Te
 
 
 def vmf_log_normalizer_difference(concentration: Tensor, other: Tensor, dim: int) -> Tensor:
-    """log C_D(k) - log C_D(k0) without the cancellation of subtracting the two.
+    """log C_D(k) - log C_D(k0), without the cancellation of subtracting the two.
 
     Args:
         concentration: k >= 0, any shape.
-        other: k0 >= 0, broadcastable with it.
+        other: k0 >= 0, broadcastable with k.
         dim: D, 2 to 65,536.
 
     Returns:
         A tensor of the broadcast shape; twice differentiable. Computed in eager PyTorch.
 
     Raises:
-        TypeError, ValueError: not a floating tensor; dim out of range.
+        TypeError: not a floating tensor. ValueError: dim out of range.
 
     Source: docs/math.md, "The normaliser".
 
@@ -114,15 +114,15 @@ def vmf_rsample(
 ) -> Tensor:
     """Draw exact samples of von Mises-Fisher distributions, with unbiased gradients.
 
-    x = w mu + sqrt(1 - w^2) u, w by rejection, u uniform on the tangent sphere. Gradients: the
-    rotation that carries loc, and the implicit derivative of w in the concentration.
+    x = w mu + sqrt(1 - w^2) u, w by rejection, u uniform on the tangent sphere. Gradients: by the
+    rotation that carries loc, and by the implicit derivative of w in the concentration.
 
     Args:
         loc: [B, D], normalised inside; D >= 2. concentration: [B], 0 to 1e18.
         n: samples per image.
         seed: int or 0-d int64 tensor; one seed gives the same samples on every backend. None
             draws one from `generator`, or from torch's default one (`torch.manual_seed`).
-        image_offset: index of the first image; image i draws the same in any batch.
+        image_offset: index of the first image; image i gets the same samples in any batch.
         validate: check values, which synchronises a GPU; None checks on CPUs only. Unchecked bad
             values give NaN.
         backend: "auto" or a name in `backends()`.
@@ -151,7 +151,8 @@ def vmf_rsample(
         _checks.check_all("loc", loc, loc.isfinite(), "finite")
         _checks.check_all("loc", loc, (loc != 0).any(-1), "of nonzero length")
         _checks.check_all("concentration", concentration, concentration >= 0, ">= 0")
-        _checks.check_all("concentration", concentration, concentration <= 1e18, "at most 1e18")
+        small = concentration <= special.MAX_CONCENTRATION
+        _checks.check_all("concentration", concentration, small, "at most 1e18")
     loc, concentration = _checks.computable(loc, concentration)
     samples: Tensor = torch.ops.nivmf_fast.vmf_rsample(
         loc.contiguous(),
@@ -213,7 +214,7 @@ def log_ppk(
     _checks.check_proxies(samples, loc, concentration, validate)
     temperature = _checks.temperature_tensor(temperature, samples, validate)
     samples, loc, concentration, T = _checks.computable(samples, loc, concentration, temperature)
-    if temperature_outside:  # no joint softmax, hence not fused
+    if temperature_outside:  # no kernel: it is not one joint softmax
         with torch.autocast(samples.device.type, enabled=False):
             return reference.log_ppk(
                 samples, loc, concentration, T, normalizer, projection, True, constants
@@ -221,7 +222,7 @@ def log_ppk(
     tensors = [t.contiguous() for t in (samples, loc, concentration, T)]
     options = _checks.checked_options(normalizer, projection, precision, workspace, tensors)
     s, _, common = torch.ops.nivmf_fast.log_ppk(*tensors, *options, backend)
-    if constants:  # once, after the sum: in float32 they would drown it
+    if constants:  # added last: float32 scores would lose their digits to them
         shared = special.log_uniform_density(samples.shape[-1]) + common
         s = s + (shared / T.double()).to(s.dtype)
     values: Tensor = s
@@ -243,19 +244,20 @@ def proxy_nca(
     validate: bool | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Proxy-NCA loss of each image over its log-PPK to every proxy, without the [B, P] in memory.
+    """Proxy-NCA loss of each image over its log-PPK to every proxy, without storing the [B, P].
 
     loss_i = -s_i,y_i + log sum_j exp s_ij     with s as in `log_ppk`
 
     Args:
-        labels: [B] int64 in 0 .. P - 1. All others: as in `log_ppk`.
+        labels: [B] int64 in 0 .. P - 1. The rest: as in `log_ppk`.
 
     Returns:
         [B], not reduced; differentiable once. The kernels' backward skips tiles of pairs whose
         softmax weights sum to less than half an ulp of an image's total weight of 1. That bounds
-        each image's gradient and the sum over proxies, not a single proxy's: one that no image
-        weighs more gets exactly 0. SGD cannot tell; an optimiser that divides by each
-        parameter's own history, such as Adam, could. `log_ppk` with cross-entropy skips nothing.
+        the error of each image's gradient and of the sum over proxies, not of a single proxy's:
+        one with no greater weight in any image gets exactly 0. SGD cannot tell; an optimiser that
+        divides by each parameter's own history, such as Adam, may. `log_ppk` followed by
+        cross-entropy skips nothing.
 
     Raises:
         ValueError, TypeError: wrong shape, dtype, option or value.
@@ -298,15 +300,15 @@ def proxy_nca_shard(
     workspace: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """`proxy_nca` over all proxies, of which only a contiguous range is here.
+    """`proxy_nca` over all proxies, of which this process holds a contiguous range.
 
     Args:
         loc, concentration: [P, D], of the range.
         labels: [B], counted from the range's first proxy; out of range for proxies elsewhere.
-        combine: makes the float64 [4, B] of all ranges (each image's maximum and log sum over
-            the proxies, then over its own proxy, -inf and 0 if that is elsewhere) from that of
-            this range, as `combine_partials` does from a list of them.
-        All others: as in `proxy_nca`.
+        combine: turns the float64 [4, B] of this range (each image's maximum and log sum over
+            the proxies, then over its own proxy, -inf and 0 if that is elsewhere) into that of
+            all ranges, as `combine_partials` does for a list of them.
+        The rest: as in `proxy_nca`.
 
     Returns:
         [B], the losses over all ranges. Their gradients in samples and temperature are this
@@ -316,6 +318,8 @@ def proxy_nca_shard(
         ValueError, TypeError: wrong shape, dtype or option. Values are not checked.
     """
     _checks.check_proxies(samples, loc, concentration, False)
+    _checks.check_labels(labels, samples.shape[1], len(loc), False)
+    _checks.check_same_device(samples=samples, labels=labels)
     temperature = _checks.temperature_tensor(temperature, samples, False)
     samples, loc, concentration, T = _checks.computable(samples, loc, concentration, temperature)
     tensors = [t.contiguous() for t in (samples, loc, concentration, labels, T)]

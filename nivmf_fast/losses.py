@@ -1,8 +1,8 @@
-"""Proxy losses of deep metric learning as modules: `loss(embeddings, labels)`.
+"""Proxy losses for deep metric learning, as modules: `loss(embeddings, labels)`.
 
 Every class has a proxy; a loss is the cross-entropy of an image's similarities to all proxies, or
-a binomial deviance of them. The similarities of Kirchhof et al. (ECCV 2022) differ in how they
-model an image and a proxy:
+a binomial deviance of them. The similarities of Kirchhof et al. (ECCV 2022) differ in the model of
+an image and of a proxy:
 
     ELNivMFLoss           image vMF, proxy non-isotropic vMF: log-PPK over samples of the image
     VMFProductKernelLoss  both vMF: closed-form log-PPK (rho 1: EL-vMF, rho 0.5: B-vMF)
@@ -34,6 +34,8 @@ from nivmf_fast.proxy_loss import ProxyLoss, _Images
 
 
 class _NonIsotropicLoss(ProxyLoss):
+    """Base of the losses by log-PPK: of samples of the image or, here, of its direction."""
+
     ops: ClassVar[tuple[str, ...]] = ("proxy_nca",)
     isotropic = False
 
@@ -66,17 +68,17 @@ class _NonIsotropicLoss(ProxyLoss):
 
     def _similarity(self, images: _Images, subset: Tensor | None) -> Tensor:
         samples, proxies, T = self._samples(images), self._proxies(subset), self.temperature
-        # In float64, because the constant is taken off a sum. `constants=False` would also drop
-        # terms that all proxies share and that move with their concentrations: a softmax cancels
-        # them, but a deviance compares s_ij with a threshold.
+        # In float64, because a large constant is subtracted. `constants=False` would also drop the
+        # terms common to all proxies that depend on their concentrations: a softmax cancels them,
+        # but a deviance compares s_ij with a threshold.
         s = log_ppk(samples.double(), *proxies, T, **self.kernel_options)
         uniform = special.log_uniform_density(self.embedding_dim)
         return (s - uniform / T.double()).to(samples.dtype)
 
-    def _losses(self, images: _Images, positive: Tensor, subset: Tensor | None) -> Tensor:
+    def _losses(self, images: _Images, local_labels: Tensor, subset: Tensor | None) -> Tensor:
         samples = self._samples(images)
         proxies = self._proxies(subset)
-        return proxy_nca(samples, *proxies, positive, self.temperature, **self.kernel_options)
+        return proxy_nca(samples, *proxies, local_labels, self.temperature, **self.kernel_options)
 
 
 class ELNivMFLoss(_NonIsotropicLoss):
@@ -135,7 +137,7 @@ class VMFProductKernelLoss(ProxyLoss):
 
     s_ij = log (int v_i^rho v_j^rho) / T
 
-    Arguments: rho > 0; the rest see `ProxyLoss`. Source: Kirchhof et al., ECCV 2022.
+    Arguments: rho > 0; for the rest see `ProxyLoss`. Source: Kirchhof et al., ECCV 2022.
 
     Example:
         >>> VMFProductKernelLoss(10, 8, rho=0.5)(torch.randn(4, 8), torch.arange(4)).ndim
@@ -214,7 +216,7 @@ class CosineProxyLoss(ProxyLoss):
             return loc @ mu.to(loc.dtype).T / self.temperature
 
 
-# The losses of the paper by name: the class, and the options that make it that loss.
+# The paper's losses by name: class and options.
 PAPER_LOSSES: dict[str, tuple[type[ProxyLoss], dict[str, Any]]] = {
     "el-nivmf": (ELNivMFLoss, {}),
     "el-vmf": (VMFProductKernelLoss, {"rho": 1.0}),

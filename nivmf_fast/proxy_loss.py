@@ -1,7 +1,7 @@
-"""The base of the proxy losses, and binomial deviances.
+"""The base class of the proxy losses, and the binomial deviance.
 
-Every class has a proxy. A loss compares each image with all proxies: a cross-entropy of the
-similarities, or a binomial deviance of them. `nivmf_fast.losses` derives one loss per similarity.
+Every class has a proxy. A loss compares each image with all proxies, by a cross-entropy or a
+binomial deviance of the similarities. `nivmf_fast.losses` derives one loss per similarity.
 """
 
 import math
@@ -24,7 +24,7 @@ class _Images(NamedTuple):
 
 
 def directions_and_norms(embeddings: Tensor) -> tuple[Tensor, Tensor]:
-    """e / |e| and |e|; a zero embedding gives a fixed axis and 0, with zero gradients."""
+    """e / |e| and |e|; a zero embedding gives the first axis and 0, with zero gradients."""
     e = embeddings if embeddings.dtype == torch.float64 else embeddings.float()
     zero = torch.linalg.vector_norm(e.detach(), dim=-1, keepdim=True) == 0
     axis = torch.zeros_like(e[:1])
@@ -68,7 +68,10 @@ def binomial_deviance(
 def anchor_terms(
     similarities: Tensor, positive: Tensor, alpha: float, delta: float, dim: int
 ) -> tuple[Tensor, Tensor]:
-    """The attracting and the repelling terms of `binomial_deviance`, summed along `dim`."""
+    """The two terms of `binomial_deviance`, summed along `dim`, before their means.
+
+    `positive` [B, P] marks each image's own proxy.
+    """
 
     def log_one_plus_sum(logits: Tensor, mask: Tensor) -> Tensor:
         masked = torch.where(mask, logits, -math.inf)
@@ -85,17 +88,17 @@ class ProxyLoss(nn.Module):
 
     Args:
         num_classes, embedding_dim: P and D.
-        concentration: initial one of every proxy (in each dimension), and the length of the raw
-            proxies; they are normalised on use, so longer ones turn more slowly.
+        concentration: initial value for every proxy (and dimension), and initial length of the raw
+            proxies, which are normalised on use: longer ones turn more slowly.
         temperature: initial T > 0, learned unless `learn_temperature` is False.
         guidance_weight: of ProxyAnchor (Kim et al., CVPR 2020) on the proxies' directions, with
-            `guidance_alpha` and `guidance_delta`; 0 leaves it out.
+            `guidance_alpha` and `guidance_delta`; 0 omits it.
         form: "nca", the cross-entropy above, or "bindev", `binomial_deviance` with
             `bindev_alpha`, `bindev_delta` and `bindev_axis`.
-        negative_share: below 1, compare with the batch's classes and this share of the others,
-            drawn by the seed for all images alike: a biased estimate. Guidance sees all proxies.
+        negative_share: below 1, compare with the batch's classes and this share of the others, one
+            draw for all images: a biased estimate. Guidance always uses all proxies.
 
-    Raises: ValueError, TypeError: for bad options; a call, for bad shapes, labels or CPU values.
+    Raises: ValueError, TypeError: for bad options; in calls, for bad shapes, labels or CPU values.
 
     Example:
         >>> class DotLoss(ProxyLoss):
@@ -105,7 +108,7 @@ class ProxyLoss(nn.Module):
         0
     """
 
-    ops: ClassVar[tuple[str, ...]] = ()  # that the loss calls, by their names in `which_backend`
+    ops: ClassVar[tuple[str, ...]] = ()  # the ops that a loss calls, named as in `which_backend`
     has_concentration: bool = True
     isotropic: bool = True
 
@@ -158,7 +161,7 @@ class ProxyLoss(nn.Module):
         if self.has_concentration:
             shape = (num_classes,) if self.isotropic else (num_classes, embedding_dim)
             self.concentration = nn.Parameter(torch.full(shape, float(concentration)))
-        # its logarithm, so that no step of an optimiser makes it negative
+        # the logarithm, so that no optimiser step can make it negative
         log_temperature = torch.tensor(math.log(temperature))
         if learn_temperature:
             self.log_temperature = nn.Parameter(log_temperature)
@@ -184,7 +187,7 @@ class ProxyLoss(nn.Module):
 
     @property
     def decomposes(self) -> bool:
-        """Whether the loss is a mean of terms that depend on one image each."""
+        """Whether the loss is a mean of terms that each depend on one image."""
         per_image = self.form == "nca" or self.bindev_axis == "classes"
         return per_image and self.guidance_weight == 0 and self.negative_share == 1
 
@@ -193,10 +196,17 @@ class ProxyLoss(nn.Module):
     ) -> Tensor:
         """s_ij of every image and proxy, [B, P]: the logits of the loss.
 
-        Densities are those relative to the uniform distribution on the sphere, p / C_D(0). A
-        softmax does not see this constant, but a binomial deviance does, and so do float32 logits:
-        at D = 512 and T = 0.003 the density's constant is 289,000. Without it, s_ij = 0 means that
-        the proxy explains the image no better than the uniform distribution, in every dimension.
+        Densities are relative to the uniform distribution on the sphere, p / C_D(0). A softmax
+        ignores this constant, but a binomial deviance does not, nor do float32 logits: at D = 512
+        and T = 0.003 it is 289,000. Without it, s_ij = 0 means in every dimension that the proxy
+        explains the image no better than the uniform distribution.
+
+        Args:
+            embeddings: [B, D].
+            seed, image_offset: as in `vmf_rsample`, for losses that sample.
+
+        Raises:
+            ValueError, TypeError: wrong shape, dtype or device.
         """
         self._check(embeddings)
         images = _Images(*directions_and_norms(embeddings), seed, image_offset)
@@ -210,24 +220,36 @@ class ProxyLoss(nn.Module):
         seed: int | Tensor | None = None,
         image_offset: int = 0,
     ) -> Tensor:
-        """Mean loss of the batch: embeddings [B, D], labels [B] int64.
+        """Mean loss of the batch, [].
 
-        `seed` draws the negative proxies; a loss that samples hands it and `image_offset` to
-        `vmf_rsample`.
+        Args:
+            embeddings: [B, D]. labels: [B] int64.
+            seed: of the negative proxies; a loss that samples passes it to `vmf_rsample`.
+            image_offset: as in `vmf_rsample`.
+
+        Raises:
+            ValueError, TypeError: wrong shape, dtype, device or value.
         """
         images, labels = self._collect(embeddings, labels, seed, image_offset)
-        subset, positive = self._draw_subset(labels, images.seed)
+        subset, local_labels = self._draw_subset(labels, images.seed)
         if self.form == "bindev":
-            total = self._deviance(images, positive, subset)
+            total = self._deviance(images, local_labels, subset)
         else:
-            total = self._losses(images, positive, subset).sum() / max(len(labels), 1)
+            total = self._losses(images, local_labels, subset).sum() / max(len(labels), 1)
         if self.guidance_weight > 0:
             total = total + self.guidance_weight * self._guidance(images.loc, labels)
         return total
 
     @torch.no_grad()
     def warmstart(self, embeddings: Tensor, labels: Tensor) -> None:
-        """Start every proxy at the mean direction of its class; one without images stays."""
+        """Set every proxy to the mean direction of its class; classes without images keep theirs.
+
+        Args:
+            embeddings: [n, D]. labels: [n] int64.
+
+        Raises:
+            ValueError, TypeError: wrong shape, dtype, device or value.
+        """
         self._check(embeddings)
         check_labels(labels, len(embeddings), self.num_classes, None)
         loc = directions_and_norms(embeddings)[0].to(self.proxies)
@@ -236,7 +258,7 @@ class ProxyLoss(nn.Module):
         )
 
     def _turn(self, total: Tensor) -> None:
-        """Turn every proxy into the direction of its row [P, D]; one whose row is 0 stays."""
+        """Set every proxy to the direction of its row of `total`, [P, D], unless that is 0."""
         length = torch.linalg.vector_norm(total, dim=-1, keepdim=True)
         started = self.initial_concentration * total / length
         self.proxies.copy_(torch.where(length > 0, started, self.proxies))
@@ -252,13 +274,13 @@ class ProxyLoss(nn.Module):
         """Optimiser groups without weight decay, each with its own learning rate.
 
         Args:
-            lr: learning rate that the multipliers scale.
+            lr: base learning rate, to be multiplied by the following.
             proxy_lr_mult: of the proxies' directions, in the group named "proxies".
             concentration_lr_mult: of their concentrations, in the group named "concentration".
             temperature_lr_mult: of log T, in the group named "temperature".
 
         Returns:
-            One group for each of the three that the loss learns.
+            A group for each of the three that the loss learns.
         """
         groups = [
             ("proxies", self.proxies, proxy_lr_mult),
@@ -295,7 +317,7 @@ class ProxyLoss(nn.Module):
             check_all("embeddings", embeddings, embeddings.isfinite(), "finite")
 
     def _proxies(self, subset: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Directions and concentrations of these proxies, or of all."""
+        """Directions and concentrations of a subset of the proxies, or of all (None)."""
 
         def of(parameter: Tensor) -> Tensor:
             return parameter if subset is None else parameter[subset]
@@ -308,7 +330,7 @@ class ProxyLoss(nn.Module):
     def _collect(
         self, embeddings: Tensor, labels: Tensor, seed: int | Tensor | None, image_offset: int
     ) -> tuple[_Images, Tensor]:
-        """Check what was given; return the images and labels that the loss is the mean of."""
+        """Check the input; return the images and labels that the loss averages over."""
         self._check(embeddings)
         check_labels(labels, len(embeddings), self.num_classes, None)
         return _Images(*directions_and_norms(embeddings), seed, image_offset), labels
@@ -316,9 +338,10 @@ class ProxyLoss(nn.Module):
     def _draw_subset(
         self, labels: Tensor, seed: int | Tensor | None
     ) -> tuple[Tensor | None, Tensor]:
-        """Draw this step's proxies, None for all, and find each label's place among them.
+        """Draw this step's proxies (None: all), and find each label's index among them.
 
-        Drawn on the CPU, so that every device has the same; their number synchronises a GPU.
+        Drawn on the CPU, so that every device has the same; reading their number synchronises a
+        GPU.
         """
         if self.negative_share == 1:
             return None, labels
@@ -337,20 +360,20 @@ class ProxyLoss(nn.Module):
         known = (labels >= 0) & (labels < P)
         return subset, torch.where(known, place[torch.where(known, labels, 0)], -1)
 
-    def _losses(self, images: _Images, positive: Tensor, subset: Tensor | None) -> Tensor:
-        """Per-image cross-entropy, [B]; a label out of range gives NaN, never a device assert."""
+    def _losses(self, images: _Images, local_labels: Tensor, subset: Tensor | None) -> Tensor:
+        """Per-image cross-entropy, [B]; a label out of range gives NaN, not a device assert."""
         s = self._similarity(images, subset)
-        known = (positive >= 0) & (positive < s.shape[1])
-        own = s.gather(1, torch.where(known, positive, 0)[:, None])[:, 0]
+        known = (local_labels >= 0) & (local_labels < s.shape[1])
+        own = s.gather(1, torch.where(known, local_labels, 0)[:, None])[:, 0]
         return torch.where(known, torch.logsumexp(s, 1) - own, math.nan)
 
-    def _deviance(self, images: _Images, positive: Tensor, subset: Tensor | None) -> Tensor:
+    def _deviance(self, images: _Images, local_labels: Tensor, subset: Tensor | None) -> Tensor:
         """Binomial deviance, []; NaN for a label out of range, as in `_losses`."""
         s = self._similarity(images, subset)
         total = binomial_deviance(
-            s, positive, self.bindev_alpha, self.bindev_delta, self.bindev_axis
+            s, local_labels, self.bindev_alpha, self.bindev_delta, self.bindev_axis
         )
-        known = (positive >= 0) & (positive < s.shape[1])
+        known = (local_labels >= 0) & (local_labels < s.shape[1])
         return torch.where(known.all(), total, math.nan)
 
     def _guidance(self, loc: Tensor, labels: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
 """Normaliser of the von Mises-Fisher distribution and its derivatives, in every dimension.
 
-The uniform (Debye) expansion of the Bessel function I_nu is used in its logarithmic form, at an
-order that is lifted until the expansion is accurate and then stepped back by the stable
-recurrence; a Taylor form keeps relative accuracy near zero. The order-th derivative of
+The uniform (Debye) expansion of the Bessel function I_nu is taken in logarithmic form, at an order
+lifted until the expansion is accurate, and then stepped back by the stable recurrence; a Taylor
+form keeps relative accuracy near zero. Derivation: docs/math.md, "The normaliser". The order-th
+derivative of
 
     g(k) = log C_D(k) - log C_D(0)        with  g' = -A_D,  g'' = -A_D'
 
@@ -52,8 +53,8 @@ def debye_coefficients(terms: int = _TERMS) -> list[list[Fraction]]:
     return log_u[1:]
 
 
-# P_j, and what one and two applications of S d/dS make of R = sum_j P_j / S^j: Q and W (but for
-# the sign) multiply each coefficient by its power of 1/S
+# The coefficients of R = sum_j P_j / S^j, and of one and two applications of S d/dS to it: Q and W
+# (up to the sign) multiply each coefficient by its power of 1/S
 _P = debye_coefficients()
 _SERIES = [
     [
@@ -66,14 +67,14 @@ _SERIES = [
 
 @dataclass(frozen=True)
 class _Plan:
-    """What depends on the dimension and the precision alone."""
+    """Constants that depend on the dimension and the precision alone."""
 
     dim: int
     nu: float  # D/2 - 1
     lift: int  # steps from the lifted order back to nu
     terms: int  # of the Debye series
     large: float  # from this concentration on, the unlifted form (only if lift > 0)
-    taylor: float  # Taylor form while (k/D) (k/(D+2)) is below
+    taylor: float  # bound of (k/D) (k/(D+2)) for the Taylor form
 
 
 def _plan(dim: int, dtype: torch.dtype) -> _Plan:
@@ -100,12 +101,12 @@ def _series(inv_s: Tensor, tau: Tensor, terms: int, weight: int, first: int = 1)
 
 
 def _series_at_zero(nu: float, terms: int) -> float:
-    # the same truncated series as the tensor one, so that g(0) = 0 exactly
+    # truncated as in _series, so that g(0) = 0 exactly
     return sum(sum(row) / nu**j for j, row in enumerate(_SERIES[0][:terms], start=1))
 
 
 def _debye(k: Tensor, plan: _Plan, order: int) -> Tensor:
-    """Order-lifted form (MATH: Olver's expansion at nu + lift, then `lift` backward steps)."""
+    """The order-lifted form: the expansion at nu + lift, then `lift` backward steps."""
     nu = plan.nu + plan.lift
     s = torch.hypot(k, k.new_full((), nu))
     inv_s, tau = 1 / s, (nu / s).square()
@@ -132,7 +133,7 @@ def _debye(k: Tensor, plan: _Plan, order: int) -> Tensor:
 
 
 def _unlifted(k: Tensor, plan: _Plan, order: int) -> Tensor:
-    """Large concentration in low dimension: the expansion at nu itself, valid at nu = 0 too."""
+    """The form for large k in low dimension: the expansion at nu itself, valid at nu = 0 too."""
     nu = plan.nu
     s = torch.hypot(k, k.new_full((), nu))
     inv_s, tau = 1 / s, (nu / s).square()
@@ -182,7 +183,8 @@ def check_dim(dim: int) -> None:
 def log_normalizer_derivative(concentration: Tensor, dim: int, order: int) -> Tensor:
     """The order-th derivative (0, 1 or 2) of g = log C_D(k) - log C_D(0); not differentiable.
 
-    Computed in the tensor's own float32 or float64; negative, beyond 1e18 and NaN give NaN.
+    Computed in the tensor's own float32 or float64. Negative or NaN input and values above 1e18
+    give NaN.
     """
     plan = _plan(dim, concentration.dtype)
     k = concentration
@@ -191,7 +193,7 @@ def log_normalizer_derivative(concentration: Tensor, dim: int, order: int) -> Te
     small = _taylor_argument(k, dim) < plan.taylor
     value = torch.where(small, _taylor(k, plan, order), _debye(k, plan, order))
     if plan.lift > 0:
-        # the guard keeps S away from 0 where the branch is not taken (D = 2, k = 0)
+        # the clamp keeps S away from 0 where this branch is not selected (D = 2, k = 0)
         value = torch.where(k > plan.large, _unlifted(k.clamp(min=plan.large), plan, order), value)
     return torch.where(valid, value, math.nan)
 
@@ -229,7 +231,7 @@ class _Difference(torch.autograd.Function):
 
 def _difference(k: Tensor, k0: Tensor, dim: int) -> Tensor:
     plan = _plan(dim, k.dtype)
-    if plan.lift > 0:  # low dimension: the subtraction in float64 loses nothing that matters
+    if plan.lift > 0:  # low dimension: subtracting in float64 is accurate enough
         g, g0 = (log_normalizer_derivative(x.double(), dim, 0) for x in (k, k0))
         return (g - g0).to(k.dtype)
     nu = plan.nu
@@ -242,7 +244,7 @@ def _difference(k: Tensor, k0: Tensor, dim: int) -> Tensor:
         (ds - nu * torch.log1p(ds / (nu + s0)) - 0.5 * torch.log1p(ds / s0))
         + (-ds * i * i0 * first + (higher - higher0))
     )
-    # near zero the series above cancel; there g is a polynomial in y, divided by y - y0 here
+    # near zero those series cancel; there g is a polynomial in y, divided by y - y0 here
     y, y0 = _taylor_argument(k, dim), _taylor_argument(k0, dim)
     quotient, power = torch.zeros_like(y), torch.ones_like(y)  # power: (y^n - y0^n) / (y - y0)
     for n, c in enumerate((1.0, 1.0, *_taylor_coefficients(dim)), start=1):
@@ -253,7 +255,7 @@ def _difference(k: Tensor, k0: Tensor, dim: int) -> Tensor:
 
 
 def log_uniform_density(dim: int) -> float:
-    """log C_D(0) = lgamma(D/2) - log 2 - (D/2) log pi, the log density of the uniform sphere."""
+    """log C_D(0) = lgamma(D/2) - log 2 - (D/2) log pi, the uniform distribution's log density."""
     return math.lgamma(dim / 2) - math.log(2) - (dim / 2) * math.log(math.pi)
 
 
@@ -280,7 +282,7 @@ def vmf_log_normalizer_difference(concentration: Tensor, reference: Tensor, dim:
 def gauss_legendre(n: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Nodes and weights on [0, 1], by Newton's iteration on the Legendre polynomial.
 
-    In Python's own arithmetic, so that kernels compiled with them are the same on every machine.
+    In Python's arithmetic, so that kernels compiled with them are the same on every machine.
     """
     nodes, weights = [], []
     for i in range(n):

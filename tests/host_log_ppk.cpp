@@ -14,7 +14,7 @@ void plan(const nivmf::LogPpkSizes& s, bool has_tensor_cores, int64_t* out) {
   Arena saved(nullptr), forward(nullptr), backward(nullptr);
   Saved<T>(p, saved);
   ForwardScratch<T>(p, true, forward);
-  BackwardScratch<T>(p, true, s.samples * s.images * s.dim, backward);
+  BackwardScratch<T>(p, true, s.N * s.B * s.D, backward);
   const int64_t fields[] = {p.tile,       p.blocks,       p.chunk,        p.back_chunk,
                             saved.size(), forward.size(), backward.size()};
   std::copy(std::begin(fields), std::end(fields), out);
@@ -49,13 +49,13 @@ int64_t host_copies() { return host::copies; }
     return nivmf::proxy_nca_backward_cuda(*s, *in, grad, partial, saved, scratch, *out, nullptr); \
   }                                                                                               \
   int log_ppk_##name(const nivmf::LogPpkSizes* s, const nivmf::LogPpkInputs<T>* in, T* out,       \
-                     T* rest, double* common, void* scratch) {                                    \
-    return nivmf::log_ppk_cuda(*s, *in, out, rest, common, scratch, nullptr);                     \
+                     T* saved, double* common, void* scratch) {                                   \
+    return nivmf::log_ppk_cuda(*s, *in, out, saved, common, scratch, nullptr);                    \
   }                                                                                               \
   int log_ppk_backward_##name(const nivmf::LogPpkSizes* s, const nivmf::LogPpkInputs<T>* in,      \
-                              const T* grad, const T* rest, void* scratch,                        \
+                              const T* grad, const T* saved, void* scratch,                       \
                               const nivmf::LogPpkGradients<T>* out) {                             \
-    return nivmf::log_ppk_backward_cuda(*s, *in, grad, rest, scratch, *out, nullptr);             \
+    return nivmf::log_ppk_backward_cuda(*s, *in, grad, saved, scratch, *out, nullptr);            \
   }
 
 NIVMF_HOST(float, f32)

@@ -413,7 +413,7 @@ def test_what_one_process_refuses_ends_the_call_in_all(results):
         for message, want in zip(last, own, strict=False):
             assert re.match(want, message), message
         for said in others:
-            refusal = f"process {W - 1} refuses what it was given: see its own message"
+            refusal = f"process {W - 1} rejected its input: see its own message"
             assert said[:6] == [refusal] * 6
         for said in (*others, last):
             seeds = [1] * (W - 1) + [None]
@@ -504,7 +504,7 @@ def dying(rank: int, dead: int, world: int, ports: Any, folder: str) -> None:
     if rank == dead:
         store.wait([f"done/{other}" for other in range(world)])
         os._exit(1)
-    sys.modules[type(part.group).__module__].PATIENCE = 1.0
+    sys.modules[type(part.group).__module__].HEARTBEAT_TIMEOUT = 1.0
     try:
         part(embeddings, labels, seed=1).backward()
     except RuntimeError as error:

@@ -197,9 +197,9 @@ def test_the_options_travel_as_one_value(tmp_path: Path) -> None:
     [
         ("nivmf_fast/special.py", "from nivmf_fast import reference"),
         ("nivmf_fast/reference/sampler.py", "from nivmf_fast import _ops"),
-        ("nivmf_fast/reference/log_ppk.py", "import torch\ntorch.ops.nivmf_kernels.vmf_rsample"),
-        ("nivmf_fast/reference/log_ppk.py", "import torch\ntorch.ops.load_library('_C_cpu.so')"),
-        ("nivmf_fast/reference/log_ppk.py", "from nivmf_fast.triton import vmf_sampler"),
+        ("nivmf_fast/reference/model.py", "import torch\ntorch.ops.nivmf_kernels.vmf_rsample"),
+        ("nivmf_fast/reference/model.py", "import torch\ntorch.ops.load_library('_C_cpu.so')"),
+        ("nivmf_fast/reference/model.py", "from nivmf_fast.triton import vmf_sampler"),
         ("nivmf_fast/triton/log_ppk.py", "import torch\ntorch.ops.nivmf_kernels.log_ppk"),
         ("nivmf_fast/triton/log_ppk.py", "from nivmf_fast import _ops"),
         ("nivmf_fast/triton/log_ppk.py", "from .. import reference"),

@@ -16,6 +16,7 @@ import nivmf_fast
 from nivmf_fast import _backends, reference
 from nivmf_fast._partials import combine_partials, loss_of_partial
 from nivmf_fast._schemas import Options
+from nivmf_fast.functional import proxy_nca_shard
 
 GOLDEN = golden("nivmf")["entries"]
 OPTIONS = [
@@ -456,6 +457,9 @@ def test_what_cannot_be_computed_is_refused(change, error, message):
     batch = make_batch(3, 6, 20, 16, 0.1)._replace(**change)
     with pytest.raises(error, match=message):
         losses(batch, "auto")
+    x, loc, kappa, temperature, labels = batch
+    with pytest.raises(error, match=message):
+        proxy_nca_shard(x, loc, kappa, labels, temperature, combine=lambda partial: partial)
 
 
 def test_what_is_not_kept_is_computed_again():

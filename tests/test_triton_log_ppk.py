@@ -391,7 +391,7 @@ def test_scratch_stays_within_the_workspace(
     options = make_options(workspace=1 << 20, keep=keep)
     for backward in (False, True):
         p = log_ppk_prepare.Problem(x, loc, loc, T, options, nca=True, backward=backward)
-        one_tile = p.planes * p.wide * p.tile.proxies * 4  # of linear and spread, 2 bytes each
+        one_tile = p.planes * p.pitch * p.tile.proxies * 4  # of linear and spread, 2 bytes each
         assert p.chunk == 1 or p.proxy_planes.nbytes <= options.workspace // 2
         assert p.proxy_planes.nbytes == p.chunk * one_tile
         if not backward:

@@ -1,21 +1,21 @@
 """Proxy losses whose classes are spread over the processes of a torch.distributed group.
 
-Every process owns a contiguous slice of the proxies, their gradients and their optimiser state. It
+Every process owns a contiguous slice of the proxies, with their gradients and optimiser state. It
 calls the loss with its own images and their global labels, and gets the mean loss of all images.
-What a step sends depends on the batch, B images of dimension D, and not on the number of classes:
+The traffic of a step depends on the batch, B images of dimension D, not on the number of classes:
 
-    forward   row counts, grad flags and seeds are exchanged: 4 numbers each;
-              directions, norms and labels of all images are gathered: B (D + 3) numbers;
-              every process draws the same samples from the shared seed;
-              each image's maximum and log sum over a slice, and its own-proxy values: 8 B numbers,
-              combined in rank order
-    backward  gradients in the images' directions and norms, reduce-scattered: B (D + 1) numbers
+    forward   exchange row counts, grad flags and seeds: 4 numbers each;
+              gather directions, norms and labels of all images: B (D + 3) numbers;
+              draw the same samples in every process, from the shared seed;
+              combine, in rank order, each image's maximum and log sum over the slices and over its
+              own proxy: 8 B numbers
+    backward  reduce-scatter gradients in the images' directions and norms: B (D + 1) numbers
 
 All processes must call a loss, and its backward, equally often. Invalid input in one process raises
 in all of them. The numbers of images are read on the host, which synchronises a GPU.
 
-The gradients are those of the mean loss. DistributedDataParallel averages the network's over W
-processes: with it, multiply the loss's gradient in the embeddings by W (train/ does).
+The gradients are those of the mean loss. DistributedDataParallel averages the network's gradients
+over W processes: with it, multiply the loss's gradient in the embeddings by W (train/ does so).
 """
 
 from nivmf_fast.distributed.losses import (

@@ -1,4 +1,4 @@
-"""The state of a loss that holds one slice of the proxies: as a whole and in parts."""
+"""Saving and loading a loss that holds one slice of the proxies, whole or in parts."""
 
 import torch
 import torch.distributed as dist
@@ -11,7 +11,7 @@ from nivmf_fast.proxy_loss import ProxyLoss
 
 
 class _SlicedLoss(ProxyLoss):
-    """A loss that holds one slice of the proxies, and saves and loads them."""
+    """A loss that holds one slice of the proxies; how to save and load it."""
 
     group: _Communicator
     classes: range
@@ -22,14 +22,14 @@ class _SlicedLoss(ProxyLoss):
     ) -> dict[str, Tensor]:
         """Return the loss's state, and the optimiser's, for torch.distributed.checkpoint.
 
-        The entries share memory with the parameters: `save` writes them, and `load`, with any
-        number of processes, fills them in place.
+        The entries share memory with the parameters: `save` writes them, and `load` fills them in
+        place, with any number of processes.
 
         Args:
-            optimizer: of the loss's parameters; others that it holds are left out.
+            optimizer: of the loss's parameters; its state of others is left out.
 
         Returns:
-            Tensors by name, a DTensor for each that is sliced. Every process must call this.
+            Tensors by name, DTensors for those that are sliced. Every process must call this.
 
         Example:
             >>> from nivmf_fast.distributed import ClassParallelELNivMFLoss
@@ -54,7 +54,10 @@ class _SlicedLoss(ProxyLoss):
         return state
 
     def full_state_dict(self) -> dict[str, Tensor]:
-        """Gather the state dict of the loss of one process, on the CPU of every process."""
+        """Gather the state dict of the equivalent single-process loss, on every process's CPU.
+
+        Every process must call this.
+        """
         state = {}
         for name, tensor in self.state_dict().items():
             if name in self._sliced():
@@ -63,22 +66,26 @@ class _SlicedLoss(ProxyLoss):
         return state
 
     def load_full_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Load this process's slice of a state dict of the loss of one process."""
-        own = dict(state)
+        """Load this process's slice of a state dict of the equivalent single-process loss.
+
+        Raises:
+            ValueError: another number of classes.
+        """
+        local = dict(state)
         for name in sorted(self._sliced() & set(state)):
             if len(state[name]) != self.total_classes:
                 raise ValueError(
                     f"{name} has {len(state[name])} rows, but the loss {self.total_classes} classes"
                 )
             rows = state[name][self.classes.start : self.classes.stop]
-            own[name] = rows if self.classes else getattr(self, name).detach()
-        self.load_state_dict(own)
+            local[name] = rows if self.classes else getattr(self, name).detach()
+        self.load_state_dict(local)
 
     def _sliced(self) -> set[str]:
         return {"proxies"} if self.concentration is None else {"proxies", "concentration"}
 
     def _gathered(self, rows: Tensor) -> Tensor:
-        """Gather the rows of all slices on the CPU, in blocks: a GPU may not hold them."""
+        """Gather the rows of all slices on the CPU, in blocks, as a GPU may not hold them all."""
         whole = torch.empty(self.total_classes, *rows.shape[1:], dtype=rows.dtype)
         slices = self.group.slices_of(self.total_classes)
         for start in range(0, len(slices[0]), BLOCK):
@@ -91,7 +98,7 @@ class _SlicedLoss(ProxyLoss):
         return whole
 
     def _as_dtensor(self, rows: Tensor) -> Tensor:
-        """Wrap this process's rows as a part of the whole, for torch.distributed.checkpoint."""
+        """Wrap this process's rows as a shard of the whole, for torch.distributed.checkpoint."""
         if self.group.size == 1:
             return rows
         group = self.group.group or dist.distributed_c10d._get_default_group()
@@ -105,18 +112,21 @@ class _SlicedLoss(ProxyLoss):
 
 
 def _initialise_state(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> None:
-    """Create the state of parameters not stepped yet, for a checkpoint to fill."""
+    """Create the state of parameters not stepped yet, for a checkpoint to fill.
+
+    Takes a step with gradients of zero, and restores values and gradients afterwards.
+    """
     every = [p for group in optimizer.param_groups for p in group["params"]]
     new = {p for p in parameters if p.requires_grad and p not in optimizer.state} & set(every)
     if not new:
         return
     sparse = isinstance(optimizer, torch.optim.SparseAdam)  # which takes only sparse gradients
     layout = torch.sparse_coo if sparse else torch.strided
-    kept = [(p, p.grad, p.detach().clone() if p in new else None) for p in every]
-    for parameter, _, value in kept:
+    originals = [(p, p.grad, p.detach().clone() if p in new else None) for p in every]
+    for parameter, _, value in originals:
         parameter.grad = None if value is None else torch.zeros_like(parameter, layout=layout)
     optimizer.step()
-    for parameter, grad, value in kept:
+    for parameter, grad, value in originals:
         parameter.grad = grad
         if value is not None:
             with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Collectives of a process group, and the autograd functions made of them."""
+"""Collectives of a process group, and autograd functions built on them."""
 
 import itertools
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nivmf_fast._checks import seed_tensor
 
-BLOCK = 1 << 14  # rows to gather at a time, where all of them may not fit
+BLOCK = 1 << 14  # rows to gather at a time, if all together may not fit
 HEARTBEAT_TIMEOUT = 5.0  # seconds a process has to report that it is alive
 
 
@@ -37,7 +37,7 @@ class _Communicator:
         self.failures = 0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_Communicator":
-        return _Communicator(self.group)  # a copy of a loss has the same processes
+        return _Communicator(self.group)  # a copy of a loss belongs to the same processes
 
     def slices_of(self, total: int) -> list[range]:
         """Split rows among the ranks as torch.chunk and DTensor do: fewer in the last."""
@@ -56,9 +56,7 @@ class _Communicator:
         rows = torch.stack(self._all_gather(own)).tolist()
         lengths, learn, given, seeds = zip(*rows, strict=True)
         if min(lengths) < 0:
-            raise ValueError(
-                f"process {lengths.index(-1)} refuses what it was given: see its own message"
-            )
+            raise ValueError(f"process {lengths.index(-1)} rejected its input: see its own message")
         if any(given) and not (all(given) and len(set(seeds)) == 1):
             shown = [seed if there else None for seed, there in zip(seeds, given, strict=True)]
             raise ValueError(f"seed must be the same in all processes; got {shown} in rank order")
@@ -72,7 +70,7 @@ class _Communicator:
     def from_rank_zero(self, value: int) -> int:
         """Return rank 0's value."""
         values = [value]
-        if self.size > 1:  # as an object: NCCL may not reach a loss's device when it is made
+        if self.size > 1:  # as an object: a new loss may not be on a device of NCCL yet
             self._call(dist.broadcast_object_list, values, group_src=0, group=self.group)
         return values[0]
 
@@ -86,7 +84,7 @@ class _Communicator:
     def combine(self, columns: Tensor, combination: Callable[[list[Tensor]], Tensor]) -> Tensor:
         """Combine the [m, B] of all processes in rank order, column by column.
 
-        Each process combines a part of the columns, so that what it sends does not grow with the
+        Each process combines a part of the columns, so that its traffic does not grow with the
         number of processes.
         """
         m, B = columns.shape
@@ -152,11 +150,11 @@ class _Communicator:
                     raise
                 except RuntimeError:  # timed out
                     missing.append(str(member))
-                    timeout = 0.1  # the others have had as long
+                    timeout = 0.1  # the remaining ranks have had the full time by now
         except dist.DistNetworkError:
             return "process 0, or the torchrun that holds the store in its place, has ended"
         if not missing:
-            return "of what follows"
+            return "of this error"
         several = ": ended, or waiting for one that has" if len(missing) > 1 else ""
         return f"no answer from process {', '.join(missing)}{several}"
 
@@ -172,7 +170,7 @@ def _padded(rows: Tensor, length: int) -> Tensor:
 
 
 class _Gather(torch.autograd.Function):
-    """Rows of all processes; backward, the gradients of this process's rows, summed over all."""
+    """Gather the rows of all processes; backward, sum the gradients of this process's rows."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, counts: list[int], group: _Communicator) -> Tensor:
@@ -186,7 +184,7 @@ class _Gather(torch.autograd.Function):
 
 
 class _Replicated(torch.autograd.Function):
-    """A value that all processes hold; backward, the sum of their gradients."""
+    """Pass on a value that all processes hold; backward, sum its gradients over them."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, group: _Communicator) -> Tensor:
@@ -199,7 +197,7 @@ class _Replicated(torch.autograd.Function):
 
 
 class _Sum(torch.autograd.Function):
-    """A sum over the processes; backward, the gradient of this process's term."""
+    """Sum a term over the processes; backward, pass the gradient on to this one's term."""
 
     @staticmethod
     def forward(ctx: Any, term: Tensor, group: _Communicator) -> Tensor:

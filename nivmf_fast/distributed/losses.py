@@ -36,11 +36,11 @@ from nivmf_fast.proxy_loss import (
     directions_and_norms,
 )
 
-SEED_BLOCK = 1 << 14  # classes drawn from one seed: another number gives other proxies
+SEED_BLOCK = 1 << 14  # classes drawn from one seed; changing it changes the initial proxies
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Cross-entropies [B] over all classes, from the similarities [B, P] of this slice.
+    """Cross-entropies [B] over all classes, from the similarities s [B, P] of this slice.
 
     `combine` is that of `proxy_nca_shard`, with a temperature as its second argument.
     """
@@ -49,29 +49,29 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, s: Tensor, labels: Tensor, combine: Callable[[Tensor, Tensor], Tensor]
     ) -> Tensor:
-        own = (labels >= 0) & (labels < s.shape[1])
-        index = torch.where(own, labels, 0)[:, None]
+        known = (labels >= 0) & (labels < s.shape[1])
+        index = torch.where(known, labels, 0)[:, None]
         maximum = s.amax(1)
         lse = torch.logsumexp(s - maximum[:, None], 1)
-        positive = torch.where(own, s.gather(1, index)[:, 0], -torch.inf)
-        partial = torch.stack((maximum, lse, positive, torch.zeros_like(lse))).double()
+        own = torch.where(known, s.gather(1, index)[:, 0], -torch.inf)
+        partial = torch.stack((maximum, lse, own, torch.zeros_like(lse))).double()
         one = s.new_ones(())  # s is divided by T already
         combined = combine(partial, one)
-        ctx.save_for_backward(s, index, own, combined)
+        ctx.save_for_backward(s, index, known, combined)
         return loss_of_partial(combined, one)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        s, index, own, combined = ctx.saved_tensors
-        near = combined[0].to(s.dtype)
-        rest = (combined[1] + (combined[0] - near)).to(s.dtype)
-        p = torch.exp(s - near[:, None] - rest[:, None])
-        p.scatter_add_(1, index, -own.to(s.dtype)[:, None])
+        s, index, known, (maximum, lse, *_) = ctx.saved_tensors
+        near = maximum.to(s.dtype)
+        lse = (lse + (maximum - near)).to(s.dtype)
+        p = torch.exp(s - near[:, None] - lse[:, None])
+        p.scatter_add_(1, index, -known.to(s.dtype)[:, None])
         return p * grad[:, None], None, None
 
 
 def _drop_zero_rows(parameter: Tensor) -> None:
-    """Make the gradient row-sparse; a hook that runs after it is accumulated."""
+    """Make the gradient row-sparse: a hook to run after its accumulation."""
     grad = parameter.grad
     if grad is not None and not grad.is_sparse:
         rows = grad.flatten(1).any(1) if grad.ndim > 1 else grad != 0
@@ -84,24 +84,24 @@ def _drop_zero_rows(parameter: Tensor) -> None:
 class ClassParallelLoss(_SlicedLoss):
     """Base of the class-parallel losses: a loss that holds one slice of the proxies.
 
-    A call takes this process's images, [b, D] and [b] global labels, of which there may be none,
-    and returns the mean loss of all B images of all processes. `seed` must be the same in all.
+    A call takes this process's embeddings [b, D] and global labels [b], b >= 0, and returns the
+    mean loss of all B images of all processes. `seed` must be the same in all.
 
     Args:
         num_classes: P, of all processes together; a process may have none of them.
-        group: process group; None for all processes, or one without torch.distributed.
-        sparse_gradients: drop the rows of the proxies' gradients that are zero, at low T most of
-            them. SGD without momentum is unchanged. SparseAdam leaves proxies without a gradient
-            and their moments as they are, where Adam would decay the moments and move on.
-        embedding_dim, ...: as in the loss of one process. The form "bindev" is not offered.
+        group: process group; None for all processes, or a single one without torch.distributed.
+        sparse_gradients: drop the zero rows of the proxies' gradients, at low T most of them. SGD
+            without momentum is unaffected. SparseAdam leaves proxies without a gradient, and their
+            moments, unchanged, where Adam would decay the moments and still move the proxies.
+        embedding_dim, ...: as in the loss of one process. The form "bindev" is not supported.
 
     Attributes:
         total_classes: P, the `num_classes` of the constructor.
         classes: range of the classes of this process's slice.
         num_classes: proxies held here, max(1, len(classes)). NOT the constructor's P.
 
-    Raises: ValueError: as the loss of one process, or from a process outside the group.
-        RuntimeError: from a call when a process has ended; the message has its number.
+    Raises: ValueError: as the loss of one process, or in a process outside the group.
+        RuntimeError: in calls, if a process has ended; the message has its number.
 
     Example:
         >>> loss = ClassParallelCosineProxyLoss(9, 8)  # without torch.distributed: one process
@@ -123,8 +123,8 @@ class ClassParallelLoss(_SlicedLoss):
         classes = communicator.slices_of(num_classes)[communicator.rank]
         if options.get("form", "nca") != "nca":
             raise ValueError(f"class-parallel losses have the form 'nca'; got {options['form']!r}")
-        seed = int(torch.randint(2**62, ()))  # before anything whose size depends on the slice
-        # a process without classes holds a proxy that no image sees, to take the same steps
+        seed = int(torch.randint(2**62, ()))  # before draws whose number depends on the slice
+        # a process without classes holds one unused proxy, so that it takes the same steps
         super().__init__(max(1, len(classes)), embedding_dim, **options)
         self.group, self.classes, self.total_classes = communicator, classes, num_classes
         self.sparse_gradients = sparse_gradients
@@ -133,7 +133,7 @@ class ClassParallelLoss(_SlicedLoss):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._register_hooks()  # copies of parameters lack their hooks
+        self._register_hooks()  # copies of parameters lose their hooks
 
     def _register_hooks(self) -> None:
         for parameter in (self.proxies, self.concentration):
@@ -144,7 +144,7 @@ class ClassParallelLoss(_SlicedLoss):
     def _initialise(self, seed: int) -> None:
         """Draw this slice of proxies, the same for any number of processes.
 
-        Every block of classes has its own seed, so that no process draws all the others' proxies.
+        Every block of classes has its own seed, so that no process has to draw all proxies.
         """
         gain, shape = self.initial_concentration, (self.total_classes, self.embedding_dim)
         deviation = gain * (2 / sum(shape)) ** 0.5  # Xavier's, for all classes
@@ -159,7 +159,7 @@ class ClassParallelLoss(_SlicedLoss):
 
     @property
     def temperature(self) -> Tensor:
-        """T, []; its gradient is summed over the processes, so that it stays the same in all."""
+        """T, []; its gradient is summed over the processes, which keeps T equal in all."""
         return _Replicated.apply(super().temperature, self.group)  # type: ignore[no-any-return]
 
     def _collect(
@@ -169,7 +169,7 @@ class ClassParallelLoss(_SlicedLoss):
         counts, seed, learns = self._handshake(embeddings, labels, seed)
         loc, norm = directions_and_norms(embeddings)
         rows = torch.cat((loc, norm[:, None]), 1)
-        # a process without images may have no graph, but has to join the others' backward
+        # a process without images may have no graph, but must join the others' backward
         rows = rows if rows.requires_grad else rows.requires_grad_(learns)
         rows = _Gather.apply(rows, counts, self.group)
         images = _Images(rows[:, :-1], rows[:, -1], seed, image_offset)
@@ -199,28 +199,28 @@ class ClassParallelLoss(_SlicedLoss):
 
     def _local_labels(self, labels: Tensor) -> Tensor:
         """Count labels from this slice's first class; -1 outside it."""
-        own = (labels >= self.classes.start) & (labels < self.classes.stop)
-        return torch.where(own, labels - self.classes.start, -1)
+        here = (labels >= self.classes.start) & (labels < self.classes.stop)
+        return torch.where(here, labels - self.classes.start, -1)
 
     def _combine(self, partial: Tensor, temperature: Tensor) -> Tensor:
-        """Combine the [4, B] statistics of all slices, in rank order."""
+        """Combine the partials [4, B] of all slices, in rank order."""
         if not self.classes:
             partial = torch.zeros_like(partial)
             partial[::2] = -torch.inf
         return self.group.combine(partial, lambda parts: combine_partials(parts, temperature))
 
-    def _losses(self, images: _Images, positive: Tensor, subset: Tensor | None) -> Tensor:
+    def _losses(self, images: _Images, local_labels: Tensor, subset: Tensor | None) -> Tensor:
         if self.classes:
-            return self._slice_losses(images, positive, subset)
-        with torch.no_grad():  # no gradient, but the same collectives as the others
-            losses = self._slice_losses(images, positive, subset)
+            return self._slice_losses(images, local_labels, subset)
+        with torch.no_grad():  # no gradient, but the collectives that the others expect
+            losses = self._slice_losses(images, local_labels, subset)
         nothing = images.loc.sum() + images.norm.sum() + self.temperature + self.proxies.sum()
         return losses + 0 * nothing
 
-    def _slice_losses(self, images: _Images, positive: Tensor, subset: Tensor | None) -> Tensor:
+    def _slice_losses(self, images: _Images, local_labels: Tensor, subset: Tensor | None) -> Tensor:
         """Per-image cross-entropy over all classes, [B], whose gradient is this slice's part."""
         s = self._similarity(images, subset)
-        losses: Tensor = _CrossEntropy.apply(s, positive, self._combine)
+        losses: Tensor = _CrossEntropy.apply(s, local_labels, self._combine)
         return losses
 
     def _guidance(self, loc: Tensor, labels: Tensor) -> Tensor:
@@ -238,7 +238,10 @@ class ClassParallelLoss(_SlicedLoss):
 
     @torch.no_grad()
     def warmstart(self, embeddings: Tensor, labels: Tensor) -> None:
-        """Start every proxy at the mean direction of its class, over all processes' images."""
+        """Set every proxy to the mean direction of its class, over all processes' images.
+
+        Every process must call this, with its own embeddings [b, D] and global labels [b].
+        """
         counts = self._handshake(embeddings, labels, None).counts
         loc = directions_and_norms(embeddings)[0].to(self.proxies)
         labels = labels.to(self.proxies.device)
@@ -257,13 +260,13 @@ class ClassParallelLoss(_SlicedLoss):
 
 
 class _NonIsotropicClassParallelLoss(ClassParallelLoss, _NonIsotropicLoss):
-    def _slice_losses(self, images: _Images, positive: Tensor, subset: Tensor | None) -> Tensor:
+    def _slice_losses(self, images: _Images, local_labels: Tensor, subset: Tensor | None) -> Tensor:
         options = dict(self.kernel_options)
         if options.pop("temperature_outside"):
-            return super()._slice_losses(images, positive, subset)
+            return super()._slice_losses(images, local_labels, subset)
         samples, proxies, T = self._samples(images), self._proxies(subset), self.temperature
         combine = functools.partial(self._combine, temperature=T.detach())
-        return proxy_nca_shard(samples, *proxies, positive, T, combine=combine, **options)
+        return proxy_nca_shard(samples, *proxies, local_labels, T, combine=combine, **options)
 
 
 class ClassParallelELNivMFLoss(_NonIsotropicClassParallelLoss, ELNivMFLoss):

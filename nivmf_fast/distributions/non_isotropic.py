@@ -18,7 +18,7 @@ class NonIsotropicVonMisesFisher(_SphereDistribution):
 
     p(x) = C_D(|K mu|) exp((K mu).(K x) / |K x|) det K / |K x|^D,   K = diag(kappa)
 
-    that is, K x / |K x| is von Mises-Fisher around K mu / |K mu| with concentration |K mu|.
+    Equivalently, K x / |K x| is von Mises-Fisher around K mu / |K mu| with concentration |K mu|.
 
     Args:
         loc: mu, [.., D], unit vectors, D >= 2.
@@ -66,7 +66,7 @@ class NonIsotropicVonMisesFisher(_SphereDistribution):
         return self._log_density(value)
 
     def _log_density(self, value: Tensor) -> Tensor:
-        # terms of size D log kappa cancel: float64, one vector each
+        # in float64, because terms of size D log kappa cancel
         kappa, mu, x = self.concentration.double(), self.loc.double(), value.double()
         log_kbar = kappa.log().mean(-1)
         scaled = kappa / log_kbar.exp()[..., None]
@@ -83,10 +83,10 @@ class NonIsotropicVonMisesFisher(_SphereDistribution):
 
     @property
     def mode(self) -> Tensor:
-        """Point of highest density reached by ascent from loc and from the flattest axis.
+        """Highest point of the density reached by ascent from loc and from the flattest axis.
 
-        |K x|^-D pulls the mode from loc towards axes of small kappa; a very unequal K can give
-        the density a second maximum.
+        |K x|^-D pulls the mode from loc towards axes of small kappa; with a very unequal K the
+        density can have a second maximum.
         """
         with torch.no_grad():
             kappa, mu, D = self.concentration.double(), self.loc.double(), self.dim
@@ -123,7 +123,7 @@ class NonIsotropicVonMisesFisher(_SphereDistribution):
     def _antithetic(self, of: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """Mean of `of(x, kappa)` over pairs of samples mirrored at the mean direction of K x.
 
-        Takes 512 to 65,536 pairs per distribution, as many as 16 M numbers allow.
+        Takes 512 to 65,536 pairs per distribution, as many as fit 16 M numbers.
         """
         per_pair = max(self.dim * self.batch_shape.numel(), 1)
         pairs = min(max(2**24 // per_pair, 512), 65_536)

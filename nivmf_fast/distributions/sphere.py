@@ -14,7 +14,7 @@ from nivmf_fast.functional import vmf_rsample
 
 
 class _UnitVector(Constraint):
-    """Unit length, to a tolerance above the rounding of float32 and of half precision."""
+    """Unit length, within a tolerance that allows for rounding in float32 and half precision."""
 
     event_dim = 1
 
@@ -29,7 +29,7 @@ unit_vector = _UnitVector()
 
 
 class _SphereDistribution(Distribution):
-    """Batch and event shapes of a distribution with a mean direction and a concentration."""
+    """A distribution with a mean direction and a concentration: parameters, shapes, sampling."""
 
     has_rsample = True
     support = unit_vector
@@ -43,9 +43,9 @@ class _SphereDistribution(Distribution):
     ) -> None:
         loc, concentration = self._parameters(loc, concentration)
         event = loc.shape[-1:]
-        own = concentration.shape[: concentration.ndim - self._concentration_dims]
+        batch_of_k = concentration.shape[: concentration.ndim - self._concentration_dims]
         try:
-            batch = torch.broadcast_shapes(loc.shape[:-1], own)
+            batch = torch.broadcast_shapes(loc.shape[:-1], batch_of_k)
         except RuntimeError:
             raise ValueError(
                 f"loc of shape [.., D] = {list(loc.shape)} and concentration of shape "
@@ -55,7 +55,7 @@ class _SphereDistribution(Distribution):
         self.concentration = concentration.expand(
             batch + event if self._concentration_dims else batch
         )
-        super().__init__(batch, event, validate_args=False)  # torch's messages say less than these
+        super().__init__(batch, event, validate_args=False)  # _check_values says more
         self._validate_args = (
             Distribution._validate_args if validate_args is None else validate_args
         )
@@ -80,7 +80,7 @@ class _SphereDistribution(Distribution):
                 f"got {list(concentration.shape)}"
             )
         if torch.finfo(loc.dtype).bits == 16 and bool(unit_vector.check(loc).all()):
-            loc = torch.nn.functional.normalize(loc.float(), dim=-1)  # unit except for rounding
+            loc = torch.nn.functional.normalize(loc.float(), dim=-1)  # unit up to rounding
         double = torch.float64 in (loc.dtype, concentration.dtype)
         dtype = torch.float64 if double else torch.float32
         return loc.to(dtype), concentration.to(dtype)
@@ -96,7 +96,8 @@ class _SphereDistribution(Distribution):
             )
         k, least = self.concentration, ">= 0" if self._concentration_dims == 0 else "> 0"
         positive = k >= 0 if self._concentration_dims == 0 else k > 0
-        check_all("concentration", k, positive & (k <= 1e18), f"{least} and at most 1e18")
+        ok = positive & (k <= special.MAX_CONCENTRATION)
+        check_all("concentration", k, ok, f"{least} and at most 1e18")
 
     @property
     def dim(self) -> int:

@@ -18,8 +18,8 @@ class HypersphericalUniform(Distribution):
     Args:
         dim: D >= 2.
         dtype, device: of the samples.
-        batch_shape: of independent copies, as `expand` gives them; () for a single one.
-        validate_args: check values given to `log_prob`; as in torch.distributions.
+        batch_shape: of independent copies, as from `expand`; () for a single one.
+        validate_args: check the argument of `log_prob`; as in torch.distributions.
 
     Raises:
         ValueError: dim out of range.
@@ -75,6 +75,7 @@ class HypersphericalUniform(Distribution):
         return x.view(shape + self.batch_shape + self.event_shape)
 
     def log_prob(self, value: Tensor) -> Tensor:
+        """Log density at value [.., D], the same everywhere."""
         if self._validate_args:
             self._validate_sample(value)
         shape = torch.broadcast_shapes(value.shape[:-1], self.batch_shape)

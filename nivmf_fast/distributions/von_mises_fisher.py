@@ -118,9 +118,9 @@ class VonMisesFisher(_SphereDistribution):
 
 
 def _concentration_of(length: Tensor, dim: int) -> Tensor:
-    """Solve A_D(k) = length for k, by Newton from the estimate of Banerjee et al. (2005)."""
+    """Solve A_D(k) = length, by Newton's method from the estimate of Banerjee et al. (2005)."""
     k = length * (dim - length.square()) / (1 - length.square())
-    for _ in range(20):  # A is concave: from below the steps never pass the root
+    for _ in range(20):  # A is concave: steps from below never overshoot the root
         gap = -special.log_normalizer_derivative(k, dim, 1) - length
         k = (k + gap / special.log_normalizer_derivative(k, dim, 2)).clamp(min=0)
     return k

@@ -1,11 +1,11 @@
 """The whole model in eager PyTorch: the specification that every kernel is tested against.
 
-Any device, float32 and float64; nothing here is optimised for speed and nothing is approximate.
-B images, N samples each, P proxies, dimension D, temperature T. `log_ppk` holds the model,
+Runs on any device in float32 and float64; nothing is optimised for speed or approximated.
+B images, N samples each, P proxies, dimension D, temperature T. `model` holds the model,
 `sampler` and `random` the draws, `operators` the backend named "reference".
 """
 
-from nivmf_fast.reference.log_ppk import (
+from nivmf_fast.reference.model import (
     Proxies,
     log_ppk,
     prepare_proxies,

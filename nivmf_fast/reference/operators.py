@@ -2,7 +2,7 @@
 
 (Softmax over proxies) x (softmax over samples) is one joint softmax over the N P logits of an
 image, so that the backward needs two numbers per image: the raw maximum and the log of the sum.
-Kernels compute the same; `workspace` and `keep` of the options are theirs, for nothing here.
+The kernels compute the same. The options `workspace` and `keep` have no effect here.
 """
 
 import math
@@ -13,13 +13,13 @@ from torch import Tensor
 from nivmf_fast import special
 from nivmf_fast._partials import loss_of_partial
 from nivmf_fast._schemas import Options
-from nivmf_fast.reference.log_ppk import Proxies, log_sum, own_proxy, prepare_proxies, score
+from nivmf_fast.reference.model import Proxies, log_sum, own_proxy, prepare_proxies, score
 
 
 def log_ppk_forward(
     samples: Tensor, loc: Tensor, concentration: Tensor, temperature: Tensor, options: Options
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """log_ppk less its constants; saved [2, B, P]: maximum over samples and log sum; common."""
+    """log_ppk without its constants; saved [2, B, P], maximum and log sum over samples; common."""
     T, proxies, z = _scores(samples, loc, concentration, temperature, options)
     maximum, lse = log_sum(z, T)
     s = maximum / T + lse - math.log(len(samples))
@@ -53,7 +53,7 @@ def proxy_nca_forward(
     temperature: Tensor,
     options: Options,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses [B]; [4, B] in float64: maximum and log sum over all, and over the own proxy."""
+    """Losses [B]; partial [4, B] of `_partials.py`; an empty tensor, as nothing is saved."""
     T, proxies, z = _scores(samples, loc, concentration, temperature, options)
     known, index = own_proxy(labels, z)
     parts = []
@@ -77,7 +77,7 @@ def proxy_nca_backward(
     saved: Tensor,
     options: Options,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients as `log_ppk_backward`, from grad [B]; NaN for an image without its own proxy."""
+    """The gradients of `log_ppk_backward` from grad [B]; NaN for an image without an own proxy."""
     T, proxies, z = _scores(samples, loc, concentration, temperature, options)
     maximum, lse, own_maximum, own_lse = partial
     known, index = own_proxy(labels, z)
@@ -91,7 +91,7 @@ def proxy_nca_backward(
     own = torch.where(known[:, None], own, 0)
     grad = torch.where(own_maximum > -math.inf, grad, math.nan)[:, None]
     dl = grad * softmax(z, maximum, lse).scatter_add(2, index, -own)
-    centered = z - (maximum - proxies.common).to(z.dtype)[:, None]  # the rows of dl sum to zero
+    centered = z - (maximum - proxies.common).to(z.dtype)[:, None]  # dl sums to 0 per image
     return (
         *_score_backward(dl / T, samples, loc, concentration, proxies, options),
         -((dl * centered).sum(dtype=torch.float64) / T.double().square()).to(T.dtype),
@@ -131,15 +131,16 @@ def _score_backward(
     mu, kappa = loc.double(), concentration.double()
     kbar = kappa.log().mean(-1, keepdim=True).exp()
     length = torch.linalg.vector_norm(kappa * mu, dim=-1, keepdim=True)
-    pull = special.vmf_mean_resultant_length(length, D) / length  # -(d bias / d|K mu|) / |K mu|
+    # (d bias / d|K mu|) / |K mu|
+    bias_slope = -special.vmf_mean_resultant_length(length, D) / length
     if not exact:
-        pull = pull + 1 / length.square()
+        bias_slope = bias_slope - 1 / length.square()
     scale = kappa / kbar if projection else torch.ones_like(kappa)
-    d_loc = kappa * (scale * dM - da * pull * kappa * mu)
+    d_loc = kappa * (scale * dM + da * bias_slope * kappa * mu)
     d_concentration = (
         (2 if projection else 1) * mu * scale * dM
         + 2 * kappa / kbar.square() * dQ
-        + da * (1 / kappa - pull * kappa * mu.square())
+        + da * (1 / kappa + bias_slope * kappa * mu.square())
     )
     dtype = samples.dtype
     return d_samples.view_as(samples), d_loc.to(dtype), d_concentration.to(dtype)

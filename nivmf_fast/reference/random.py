@@ -34,11 +34,11 @@ def uniform(word: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class Stream:
-    """The words of each (sample, image), by block and part; `image_offset` shifts the images.
+    """The random words of each (sample, image), by block and part.
 
-    Part 0 holds the normals of the tangent direction, four to a block; part a > 0 belongs to the
-    a-th attempt of the rejection: its block 0 to the proposal, block r > 0 to round r of the
-    proposal's chi^2.
+    Part 0 holds the normals of the tangent direction, four to a block. Part a > 0 belongs to the
+    a-th attempt of the rejection: block 0 to the proposal, block r > 0 to round r of the
+    proposal's chi^2. `image_offset` is the index of the first image.
     """
 
     def __init__(self, n: int, B: int, seed: Tensor, image_offset: int, dtype: torch.dtype) -> None:

@@ -9,14 +9,16 @@ from torch import Tensor
 from nivmf_fast import special
 from nivmf_fast.reference.random import Stream
 
-MAX_ATTEMPTS = 64  # at 0.342 or less a failed attempt, 64 in a row have probability 1e-30
+MAX_ATTEMPTS = 64  # an attempt fails with probability <= 0.342, 64 in a row with 1e-30
 
 
 class Draw(NamedTuple):
+    """Samples, with the data that their gradients need and the margin that tests need."""
+
     samples: Tensor  # [N, B, D], unit
     one_minus_w: Tensor  # [N, B], 1 - loc . sample without cancellation
-    margin: Tensor  # [N, B], margin of the closest accept/reject decision; 0 where the normals
-    # lie so nearly along loc that float32 loses their tangent direction
+    margin: Tensor  # [N, B], margin of the closest accept/reject decision; 0 if the normals are
+    # so nearly parallel to loc that float32 loses their tangent direction
 
 
 def vmf_rsample(
@@ -30,20 +32,22 @@ def vmf_rsample(
     """Draw N samples of each of B von Mises-Fisher distributions, loc [B, D], concentration [B].
 
     w = loc . x is drawn by the rejection of Ulrich (1984) and Wood (1994), written so that nothing
-    cancels at any concentration; the first proposal comes free with the normals of the tangent
+    cancels at any concentration; the first proposal comes for free from the normals of the tangent
     direction. `stream_dtype=float32` lets float64 arithmetic follow the float32 stream.
     """
     (B, D), dtype, m = loc.shape, loc.dtype, loc.shape[1] - 1
     stream = Stream(n, B, seed.to(loc.device), image_offset, stream_dtype or dtype)
     mu = loc / torch.linalg.vector_norm(loc, dim=-1, keepdim=True)
-    valid = (concentration >= 0) & (concentration <= 1e18) & mu.isfinite().all(-1)
+    valid = (concentration >= 0) & (concentration <= special.MAX_CONCENTRATION)
+    valid = valid & mu.isfinite().all(-1)
 
     rows = stream.index % max(B, 1)
     center, k = mu[rows], torch.where(valid, concentration, 0)[rows]
     normals = stream.normals(D).to(dtype)
     g = (normals * center).sum(-1)
     tangent = normals - g[:, None] * center
-    tangent = tangent - (tangent * center).sum(-1, keepdim=True) * center  # rounding, at small D
+    # again: at small D the rounding of the first matters
+    tangent = tangent - (tangent * center).sum(-1, keepdim=True) * center
     chi2 = tangent.square().sum(-1).clamp(min=1e-30)
     direction = tangent / chi2.sqrt()[:, None]
 
@@ -51,7 +55,7 @@ def vmf_rsample(
     b = m / (2 * k + c)
     one_minus_b = (2 * k + 2 * k * (2 * k / (c + m))) / (2 * k + c)
     one_minus_w, s = torch.zeros_like(k), torch.zeros_like(k)
-    lost = (5e-3 if D > 2 else 1e-5) * torch.hypot(g, chi2.sqrt())  # D = 2: but its sign is safe
+    lost = (5e-3 if D > 2 else 1e-5) * torch.hypot(g, chi2.sqrt())  # at D = 2 only the sign matters
     margin = torch.where(chi2.sqrt() < lost, 0.0, math.inf).to(dtype)
     pending = stream.index
     for attempt in range(1, MAX_ATTEMPTS + 1):
@@ -86,7 +90,10 @@ def _log1p_excess(y: Tensor) -> Tensor:
 def _chi_square(
     m: int, stream: Stream, at: Tensor, attempt: int, boost: Tensor, margin: Tensor
 ) -> Tensor:
-    """chi^2 with m degrees of freedom, 2 Gamma(m/2), by Marsaglia & Tsang (2000); lowers margin."""
+    """Draw chi^2 with m degrees of freedom, 2 Gamma(m/2), by Marsaglia & Tsang (2000).
+
+    Lowers `margin` in place.
+    """
     alpha = m / 2 if m > 1 else 1.5
     d = alpha - 1 / 3
     value = torch.zeros_like(boost)
@@ -110,7 +117,7 @@ def vmf_rsample_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients in loc (as given, not normalised) and concentration from G = dL/dsamples.
 
-    The concentration moves w along its quantiles (implicit reparameterisation, Figurnov et al.
+    The concentration moves w at fixed quantiles (implicit reparameterisation, Figurnov et al.
     2018); loc moves the samples by the rotation that carries it, dx = w dmu - (x . dmu) mu.
     """
     length = torch.linalg.vector_norm(loc, dim=-1, keepdim=True)
@@ -118,7 +125,7 @@ def vmf_rsample_backward(
     along = (grad * mu).sum(-1)  # G . mu
     step = (w[..., None] * grad - along[..., None] * samples).sum(0)
     grad_loc = (step - (step * mu).sum(-1, keepdim=True) * mu) / length
-    # G . mu - (w / s) G . u without the s that vanishes at the poles
+    # G . mu - (w / s) G . u, without dividing by s, which vanishes at the poles
     apart = (grad * (mu - samples)).sum(-1)
     across = (one_minus_w * along + w * apart) / (one_minus_w * (1 + w)).clamp(min=1e-30)
     dw = vmf_dw_dconcentration(one_minus_w, concentration, loc.shape[-1])

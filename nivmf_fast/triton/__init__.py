@@ -1,1 +1,1 @@
-"""Triton kernels. Each module's functions take and return what the op contract says, contiguous."""
+"""Triton kernels, and launchers with the arguments and returns of the ops, contiguous."""

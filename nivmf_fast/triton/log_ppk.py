@@ -1,8 +1,9 @@
 """The ops log_ppk and proxy_nca with their backwards, as launches of Triton kernels.
 
-s_ij = log (1/N) sum_s exp(z_sij / T), loss_i = -s_i,y_i + log sum_j exp s_ij, chunk by chunk of
-proxies; every sum has a fixed order. Arguments and results are those of the ops in `_schemas.py`,
-contiguous. Specification: `reference/operators.py`. Design: docs/design/log_ppk_triton.md.
+s_ij = log (1/N) sum_s exp(z_sij / T), loss_i = -s_i,y_i + log sum_j exp s_ij, one chunk of proxies
+after another; every sum has a fixed order. Arguments and results are those of the ops in
+`_schemas.py`, contiguous. Specification: `reference/operators.py`. Design:
+docs/design/log_ppk_triton.md.
 """
 
 import torch
@@ -22,7 +23,7 @@ def proxy_nca(
     temperature: Tensor,
     options: Options,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses [B], partial [4, B] and what the backward reads, as the op `proxy_nca` says."""
+    """The op `proxy_nca`: losses [B], partial [4, B], saved."""
     with torch.cuda.device_of(samples):
         p = Problem(samples, loc, concentration, temperature, options, nca=True, backward=False)
         R, B, P, D = p.R, p.B, p.P, p.D
@@ -44,7 +45,7 @@ def proxy_nca(
             last = min(first + p.chunk, p.tiles)
             p.split_proxies(saved.kbar, first)
             results = row_max, row_sum, saved.maxima
-            sizes = first, last, run, p.span, R, B, P, D, p.wide
+            sizes = first, last, run, p.span, R, B, P, D, p.pitch
             p.launch(
                 nca_forward,
                 (p.blocks, splits),
@@ -73,7 +74,7 @@ def proxy_nca_backward(
     saved: Tensor,
     options: Options,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients in samples, loc, concentration, temperature, as `proxy_nca_backward` says."""
+    """The op `proxy_nca_backward`: gradients in samples, loc, concentration, temperature."""
     with torch.cuda.device_of(samples):
         p = Problem(samples, loc, concentration, temperature, options, nca=True, backward=True)
         return backward(p, grad, view(saved, p.P, p.R, p.dtype), labels, partial)
@@ -86,7 +87,7 @@ def log_ppk(
     temperature: Tensor,
     options: Options,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """s [B, P], what the backward reads, and the common bias, as the op `log_ppk` says."""
+    """The op `log_ppk`: s [B, P], saved, the common bias."""
     with torch.cuda.device_of(samples):
         p = Problem(samples, loc, concentration, temperature, options, nca=False, backward=False)
         buffer, saved = p.allocate(p.B * p.P, p.B * p.P)
@@ -94,7 +95,7 @@ def log_ppk(
         for first in range(0, p.tiles if p.B else 0, p.chunk):
             p.split_proxies(saved.kbar, first)
             results = similarity, saved.own, saved.maxima
-            sizes = first, p.N, p.B, p.P, p.D, p.wide
+            sizes = first, p.N, p.B, p.P, p.D, p.pitch
             p.launch(
                 ppk_forward,
                 (ceil_div(p.B, p.tile.rows), min(p.chunk, p.tiles - first)),
@@ -114,7 +115,7 @@ def log_ppk_backward(
     saved: Tensor,
     options: Options,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients in samples, loc, concentration, temperature, as `log_ppk_backward` says."""
+    """The op `log_ppk_backward`: gradients in samples, loc, concentration, temperature."""
     with torch.cuda.device_of(samples):
         p = Problem(samples, loc, concentration, temperature, options, nca=False, backward=True)
         return backward(p, grad, view(saved, p.P, p.B * p.P, p.dtype))

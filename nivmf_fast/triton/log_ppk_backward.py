@@ -1,12 +1,12 @@
 """Backward kernels and their launches: gradients in samples, loc, concentration and temperature.
 
-In: a `Problem`, dL/dloss [B] or dL/ds [B, P], what the forward saved. Per chunk of proxies the
-scores are computed again, in live tiles only, and leave two weights a pair, from which two products
-make the gradients. Called by log_ppk.py. Derivations: docs/math.md, "Gradients of log-PPK" and
+In: a `Problem`, dL/dloss [B] or dL/ds [B, P], and `saved`. For each chunk of proxies the scores are
+computed again, in live tiles only, and give two weights per pair, from which two products make the
+gradients. Called by log_ppk.py. Derivations: docs/math.md, "Gradients of log-PPK" and
 "Dead tiles". Design: docs/design/log_ppk_triton.md.
 """
 
-# The kernels are Triton's language, not Python's types:
+# Kernels are written in the language of Triton, whose types mypy does not know.
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 
 import torch
@@ -36,7 +36,7 @@ def _plan_rows(
     R, B, P, chunk, span, threshold,
     NCA: tl.constexpr, ROWS: tl.constexpr, PROXIES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Which tiles of a row block and chunk are live, as a map and as an ordered list."""
+    """List the live tiles of a row block and chunk, as a map and as an ordered list."""
     DTYPE: tl.constexpr = maxima.dtype.element_ty
     part, block = tl.program_id(0), tl.program_id(1)
     tiles = tl.cdiv(P, PROXIES)
@@ -73,7 +73,7 @@ def _plan_rows(
 
 @triton.jit
 def _plan_proxies(live, proxy_list, proxy_count, blocks, tiles, BLOCK: tl.constexpr):
-    """The live row blocks of each tile of proxies, as an ordered list."""
+    """List the live row blocks of each tile of proxies, in order."""
     tile = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = tile < tiles
     count = tl.zeros((BLOCK,), tl.int32)
@@ -90,12 +90,12 @@ def _score_gradients(
     x, x2, x_plane, linear, spread, proxy_plane, bias, own, labels, temperature,
     grad, partial, pair_max, pair_lse, common, live,
     linear_grad, spread_grad, grad_plane, bias_grad, temperature_grad,
-    first_tile, width, R, B, P, D, WIDE,
+    first_tile, width, R, B, P, D, PITCH,
     NCA: tl.constexpr, EXACT: tl.constexpr, PROJECTION: tl.constexpr,
     PLANES: tl.constexpr, SPREAD_PLANES: tl.constexpr, GRAD_PLANES: tl.constexpr,
     ROWS: tl.constexpr, PROXIES: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """dL/d(x . linear) and dL/d(x^2 . spread) of one live tile, and its sums for bias and T."""
+    """dL/d(x . linear) and dL/d(x^2 . spread) of a live tile, and its sums for bias and T."""
     DTYPE: tl.constexpr = grad.dtype.element_ty
     block, local0 = tl.program_id(0), tl.program_id(1) * PROXIES
     tile = first_tile + tl.program_id(1)
@@ -107,7 +107,7 @@ def _score_gradients(
     t = load_temperature(temperature)
     rate = (1 / t * LOG2E).to(DTYPE)
     z, num, inverse_length = score_tile(
-        x, x2, x_plane, linear, spread, proxy_plane, bias, row0, local0, proxy0, P, D, WIDE,
+        x, x2, x_plane, linear, spread, proxy_plane, bias, row0, local0, proxy0, P, D, PITCH,
         EXACT, PROJECTION, PLANES, SPREAD_PLANES, ROWS, PROXIES, DEPTH, DTYPE,
     )  # fmt: skip
     mask = rows < R
@@ -125,13 +125,13 @@ def _score_gradients(
         log_ratio = tl.load(partial + 3 * B + images, mask=mask, other=0.0) - tl.load(
             partial + B + images, mask=mask, other=0.0
         )
-        # the two terms of the own proxy are w and w exp(-loss): their difference, uncancelled
+        # the own proxy's two terms are w and w exp(-loss); their difference without cancellation
         gap = (tl.exp((own_max64 - max64) / t + log_ratio) - 1).to(DTYPE)
         own_weight = tl.exp2((own_z - own_max) * rate - own_lse) * gap
         weight = tl.exp2((z - maximum[:, None]) * rate - lse[:, None])
         at_home = j[None, :] == label[:, None]
         weight = tl.where(at_home, own_weight[:, None], weight)
-        # an image's dL/d(z / T) sum to 0, so that any of its constants may be taken off z
+        # an image's dL/d(z / T) sum to 0, so that z may be shifted by any constant of the image
         centered = tl.where(at_home, own_z[:, None], z) - maximum[:, None]
         scale = tl.load(grad + images, mask=mask, other=0.0).to(tl.float64) / t
         unknown = own_max64 == -float("inf")
@@ -168,11 +168,11 @@ def _score_gradients(
 @triton.jit
 def _sample_gradients(
     linear_grad, spread_grad, grad_plane, linear, spread, proxy_plane, samples, out,
-    row_list, row_count, part, parts, chunk, first_tile, width, R, D, WIDE,
+    row_list, row_count, part, parts, chunk, first_tile, width, R, D, PITCH,
     SPREAD: tl.constexpr, PLANES: tl.constexpr,
     ROWS: tl.constexpr, PROXIES: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """Adds this chunk's linear_grad @ linear + 2 x (spread_grad @ spread) to slab `split`."""
+    """Add this chunk's linear_grad @ linear + 2 x (spread_grad @ spread) to slab `split`."""
     DTYPE: tl.constexpr = samples.dtype.element_ty
     STEPS: tl.constexpr = PROXIES // DEPTH
     block, split = tl.program_id(0), tl.program_id(2)
@@ -186,13 +186,13 @@ def _sample_gradients(
     linear_grad += row0.to(tl.int64) * width
     spread_grad += row0.to(tl.int64) * width
     weights = i[:, None] * width + k[None, :]
-    coefficients = k[:, None] * WIDE + c[None, :]
+    coefficients = k[:, None] * PITCH + c[None, :]
     by_linear = tl.zeros((ROWS, COLUMNS), DTYPE)
     by_spread = tl.zeros((ROWS, COLUMNS), DTYPE)
     for step in range(first * STEPS, last * STEPS):
         tile = tl.load(row_list + step // STEPS) - first_tile
         local = tile * PROXIES + (step % STEPS) * DEPTH
-        first_b = local.to(tl.int64) * WIDE
+        first_b = local.to(tl.int64) * PITCH
         a, b = linear_grad + local + weights, linear + first_b + coefficients
         by_linear = add_product(by_linear, a, grad_plane, b, proxy_plane, PLANES)
         if SPREAD:
@@ -210,14 +210,15 @@ def _sample_gradients(
 @triton.jit
 def _proxy_gradients(
     linear_grad, spread_grad, grad_plane, x, x2, x_plane, bias_grad, loc, concentration, kbar,
-    pull, proxy_list, proxy_count, d_loc, d_concentration, first_tile, blocks, width, P, D, WIDE,
+    bias_slope, proxy_list, proxy_count, d_loc, d_concentration,
+    first_tile, blocks, width, P, D, PITCH,
     PROJECTION: tl.constexpr, SPREAD: tl.constexpr, PLANES: tl.constexpr,
     ROWS: tl.constexpr, PROXIES: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """linear_grad^T @ x and spread_grad^T @ x^2, and from them the parameters' gradients.
 
-    kbar enters z only as the bias does, (d bias / d kappa) = 1 / kappa: the rest cancels on the
-    unit sphere, whichever the options.
+    The gradient through kbar amounts to by_bias / kappa: the rest cancels on the unit sphere, with
+    any options.
     """
     DTYPE: tl.constexpr = loc.dtype.element_ty
     STEPS: tl.constexpr = ROWS // DEPTH
@@ -228,15 +229,15 @@ def _proxy_gradients(
     proxy_list += tile.to(tl.int64) * blocks
     count = tl.load(proxy_count + tile)
     weights = local0 + j[:, None] + k[None, :] * width
-    values = k[:, None] * WIDE + c[None, :]
+    values = k[:, None] * PITCH + c[None, :]
     by_linear = tl.zeros((PROXIES, COLUMNS), DTYPE)
     by_spread = tl.zeros((PROXIES, COLUMNS), DTYPE)
     for step in range(0, count * STEPS):
         row0 = (tl.load(proxy_list + step // STEPS) * ROWS + (step % STEPS) * DEPTH).to(tl.int64)
-        a, b = linear_grad + row0 * width + weights, x + row0 * WIDE + values
+        a, b = linear_grad + row0 * width + weights, x + row0 * PITCH + values
         by_linear = add_product(by_linear, a, grad_plane, b, x_plane, PLANES)
         if SPREAD:
-            a, b = spread_grad + row0 * width + weights, x2 + row0 * WIDE + values
+            a, b = spread_grad + row0 * width + weights, x2 + row0 * PITCH + values
             by_spread = add_product(by_spread, a, grad_plane, b, x_plane, PLANES)
     by_bias = tl.zeros((PROXIES,), DTYPE)
     for n in range(0, count):
@@ -249,7 +250,7 @@ def _proxy_gradients(
     kappa = tl.load(concentration + at, mask=mask, other=1.0)
     hi, lo, inverse = load_scales(kbar, proxies, proxies < P, DTYPE)
     _, _, excess = proxy_coefficients(mu, kappa, hi[:, None], lo[:, None], inverse[:, None], False)
-    by_length = tl.load(pull + proxies, mask=proxies < P, other=0.0).to(DTYPE) * by_bias
+    by_length = tl.load(bias_slope + proxies, mask=proxies < P, other=0.0).to(DTYPE) * by_bias
     ratio = 1 + excess
     into_loc, into_kappa = by_linear * kappa, by_linear * mu
     if PROJECTION:
@@ -269,7 +270,7 @@ def backward(
     labels: Tensor | None = None,
     partial: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of both ops; log_ppk has no labels, and no dead tiles: grad may weigh any pair."""
+    """Gradients of both ops; log_ppk has no labels and, as any pair may matter, no dead tiles."""
     R, B, P, D, tile = p.R, p.B, p.P, p.D, p.tile
     samples, new = p.samples, p.samples.new_empty
     d_loc, d_concentration = torch.empty_like(p.loc), torch.empty_like(p.concentration)
@@ -280,9 +281,11 @@ def backward(
     if labels is None or partial is None:
         labels = partial = saved.common  # never read
     # (d bias / d|K mu|) / |K mu|
-    pull = special.log_normalizer_derivative(saved.length, D, 1) / saved.length.clamp(min=1e-150)
+    bias_slope = special.log_normalizer_derivative(saved.length, D, 1) / saved.length.clamp(
+        min=1e-150
+    )
     if not p.options.exact:
-        pull = pull - saved.length**-2
+        bias_slope = bias_slope - saved.length**-2
     parts, columns = ceil_div(p.tiles, p.chunk), ceil_div(D, tile.columns)
     splits = min(p.chunk, 2 * p.processors // (p.blocks * columns))
     splits = max(1, min(splits, p.options.workspace // 4 // (R * D * p.dtype.itemsize)))
@@ -295,8 +298,8 @@ def backward(
     row_count = new(p.blocks, parts, dtype=torch.int32)
     proxy_count = new(p.tiles, dtype=torch.int32)
     known_maxima = nca and saved.maxima.numel() > 0  # else every tile is live
-    span = span_of(p.tiles, R, 4 * saved.maxima.numel())  # the forward's, from what it saved
-    x_plane, proxy_plane = p.rows * p.wide, p.width * p.wide
+    span = span_of(p.tiles, R, 4 * saved.maxima.numel())  # the forward's, from the size of maxima
+    x_plane, proxy_plane = p.rows * p.pitch, p.width * p.pitch
     product = {"SPREAD": p.spreads, "PLANES": p.grad_planes}
     product |= {"ROWS": tile.rows, "PROXIES": tile.proxies}
     product |= {"COLUMNS": tile.columns, "DEPTH": tile.depth}
@@ -319,7 +322,7 @@ def backward(
         p.launch(
             _score_gradients,
             (p.blocks, here),
-            (*scores, *results, first, p.width, R, B, P, D, p.wide),
+            (*scores, *results, first, p.width, R, B, P, D, p.pitch),
             {**p.score_constants, "NCA": nca, "GRAD_PLANES": p.grad_planes},
             tile,
         )
@@ -328,23 +331,23 @@ def backward(
         p.launch(
             _sample_gradients,
             (p.blocks, columns, splits),
-            (*operands, samples, slabs, *where, p.width, R, D, p.wide),
+            (*operands, samples, slabs, *where, p.width, R, D, p.pitch),
             product,
             tile,
         )
         operands = *weights, grad_plane, *p.samples_planes, x_plane
-        proxies = bias_grad, p.loc, p.concentration, saved.kbar, pull
+        proxies = bias_grad, p.loc, p.concentration, saved.kbar, bias_slope
         results = proxy_list, proxy_count, d_loc, d_concentration
         p.launch(
             _proxy_gradients,
             (here, columns),
-            (*operands, *proxies, *results, first, p.blocks, p.width, P, D, p.wide),
+            (*operands, *proxies, *results, first, p.blocks, p.width, P, D, p.pitch),
             {**product, "PROJECTION": p.options.projection, "PLANES": p.proxy_grad_planes},
             tile,
         )
     d_samples = slabs[0] if splits == 1 else slabs.sum(0)
     total = temperature_grad.sum()
-    if not nca:  # what each pair's score was centred by
+    if not nca:  # add back the maximum that centred each pair's score
         total += (grad.flatten() * saved.own).sum(dtype=torch.float64) / p.temperature
     d_temperature = -total / p.temperature.double()
     return d_samples, d_loc, d_concentration, d_temperature.to(p.dtype)

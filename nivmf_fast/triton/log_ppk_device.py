@@ -5,7 +5,7 @@ Called by the kernels in the other log_ppk files. Rows: row s B + i is sample s 
 Design: docs/design/log_ppk_triton.md.
 """
 
-# The kernels are Triton's language, not Python's types:
+# Kernels are written in the language of Triton, whose types mypy does not know.
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 
 import math
@@ -33,7 +33,8 @@ _LOG1P = tl.constexpr(
 
 @triton.jit
 def log1p(d):
-    """To 1.6e-7 in float32 (tl.log is lg2.approx there, of no use before a factor of D / 2T)."""
+    """log(1 + d), to 1.6e-7 in float32: a factor D / 2T multiplies the error, and tl.log there is
+    lg2.approx."""
     u = 1 + d
     if d.dtype == tl.float64:
         value = tl.log(u) + (d - (u - 1)) / u
@@ -51,7 +52,7 @@ def log1p(d):
 @triton.jit
 def inverse_root(u):
     y = tl.rsqrt(u)
-    return y * (1.5 - 0.5 * u * y * y)  # rsqrt.approx is not good enough at small T
+    return y * (1.5 - 0.5 * u * y * y)  # one Newton step: rsqrt.approx is too inaccurate at small T
 
 
 @triton.jit
@@ -62,7 +63,7 @@ def load_temperature(pointer):
 
 @triton.jit
 def load_scales(kbar, proxies, mask, DTYPE: tl.constexpr):
-    """The geometric mean of each proxy's concentrations as hi + lo, and its inverse."""
+    """kbar, the geometric mean of each proxy's concentrations, as hi + lo, and its inverse."""
     scale = tl.load(kbar + proxies, mask=mask, other=1.0)
     hi = scale.to(DTYPE)
     return hi, (scale - hi.to(tl.float64)).to(DTYPE), (1 / scale).to(DTYPE)
@@ -80,7 +81,7 @@ def proxy_coefficients(mu, kappa, hi, lo, inverse, PROJECTION: tl.constexpr):
 
 @triton.jit
 def store_planes(value, out, at, plane, PLANES: tl.constexpr):
-    """value as a sum of PLANES bfloat16 numbers, the largest first; as itself if PLANES is 1."""
+    """Store value as a sum of PLANES bfloat16 numbers, largest first; unchanged if PLANES is 1."""
     for p in tl.static_range(PLANES):
         part = value
         if PLANES > 1:  # in bits, because a cast truncates in the interpreter
@@ -93,7 +94,7 @@ def store_planes(value, out, at, plane, PLANES: tl.constexpr):
 
 @triton.jit
 def add_product(total, a, a_plane, b, b_plane, PLANES: tl.constexpr):
-    """total + a @ b, over the planes of both whose product matters, the smallest first."""
+    """total + a @ b, over the pairs of planes whose product matters, smallest first."""
     a0, b0 = tl.load(a), tl.load(b)
     step = tl.zeros(total.shape, total.dtype)
     if PLANES > 1:
@@ -110,7 +111,7 @@ def add_product(total, a, a_plane, b, b_plane, PLANES: tl.constexpr):
 
 @triton.jit
 def score_tile(
-    x, x2, x_plane, linear, spread, proxy_plane, bias, row0, local0, proxy0, P, D, WIDE,
+    x, x2, x_plane, linear, spread, proxy_plane, bias, row0, local0, proxy0, P, D, PITCH,
     EXACT: tl.constexpr, PROJECTION: tl.constexpr,
     PLANES: tl.constexpr, SPREAD_PLANES: tl.constexpr,
     ROWS: tl.constexpr, PROXIES: tl.constexpr, DEPTH: tl.constexpr, DTYPE: tl.constexpr,
@@ -118,16 +119,16 @@ def score_tile(
     """Scores z of rows x proxies, the projected product num = x . linear / |..|, and 1 / |..|.
 
     z = num - D/2 log1p(delta) + bias, delta = x^2 . spread, |..| = sqrt(1 + delta). The chunk's
-    planes hold proxy `proxy0` at `local0`; rows are WIDE numbers long, D padded by zeros.
+    planes hold proxy `proxy0` at `local0`; rows are PITCH numbers long, D padded by zeros.
     """
     i, j, k = tl.arange(0, ROWS), tl.arange(0, PROXIES), tl.arange(0, DEPTH)
-    first_x, first_proxy = tl.cast(row0, tl.int64) * WIDE, tl.cast(local0, tl.int64) * WIDE
+    first_x, first_proxy = tl.cast(row0, tl.int64) * PITCH, tl.cast(local0, tl.int64) * PITCH
     x, x2, linear, spread = x + first_x, x2 + first_x, linear + first_proxy, spread + first_proxy
-    at_x = i[:, None] * WIDE + k[None, :]
-    at_proxy = k[:, None] + j[None, :] * WIDE
+    at_x = i[:, None] * PITCH + k[None, :]
+    at_proxy = k[:, None] + j[None, :] * PITCH
     num = tl.zeros((ROWS, PROXIES), DTYPE)
     delta = tl.zeros((ROWS, PROXIES), DTYPE)
-    for _ in range(0, WIDE, DEPTH):
+    for _ in range(0, PITCH, DEPTH):
         num = add_product(num, x + at_x, x_plane, linear + at_proxy, proxy_plane, PLANES)
         if EXACT or PROJECTION:
             a, b = x2 + at_x, spread + at_proxy
@@ -152,7 +153,10 @@ def known_label(labels, images, mask, P):
 
 @triton.jit
 def image_constants(partial, common, temperature, images, mask, DTYPE: tl.constexpr):
-    """Maximum, lse: log2 weight = (z - maximum) log2(e) / T - lse, which holds its rounding too."""
+    """Maximum and lse of log2 weight = (z - maximum) log2(e) / T - lse.
+
+    The maximum is rounded to DTYPE, and lse makes up for the rounding.
+    """
     maximum = tl.load(partial[0] + images, mask=mask, other=0.0) - common
     log_sum = tl.load(partial[1] + images, mask=mask, other=0.0)
     hi = maximum.to(DTYPE)

@@ -1,11 +1,11 @@
-"""Forward kernels: online maximum and sum of exp(z / T) over tiles of scores, never stored.
+"""Forward kernels: online maximum and sum of exp(z / T) over tiles of scores that are not stored.
 
-In: planes of samples and of a chunk of proxies. Out, proxy-NCA: losses [B], partial [4, B], scores
-of the own proxies, maxima of the tiles; log-PPK: s [B, P] with its maximum and log sum.
+In: planes of samples and of a chunk of proxies. Out, for proxy-NCA: losses [B], partial [4, B],
+scores of the own proxies, maxima of the tiles; for log-PPK: s [B, P], its maximum and log sum.
 Launched by log_ppk.py. Design: docs/design/log_ppk_triton.md.
 """
 
-# The kernels are Triton's language, not Python's types:
+# Kernels are written in the language of Triton, whose types mypy does not know.
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 
 import triton
@@ -26,7 +26,7 @@ def own_scores(
     samples, loc, concentration, kbar, bias, labels, own, R, B, P, D,
     EXACT: tl.constexpr, PROJECTION: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """Score of each row at its own proxy, in float64 and rounded once; -inf without a proxy."""
+    """Score of each row at its own proxy, in float64 and rounded once; -inf if that is not here."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     k = tl.arange(0, DEPTH)
     label = known_label(labels, rows % B, rows < R, P)
@@ -55,12 +55,12 @@ def own_scores(
 @triton.jit
 def nca_forward(
     x, x2, x_plane, linear, spread, proxy_plane, bias, own, labels, temperature,
-    row_max, row_sum, maxima, first_tile, last_tile, run, span, R, B, P, D, WIDE,
+    row_max, row_sum, maxima, first_tile, last_tile, run, span, R, B, P, D, PITCH,
     EXACT: tl.constexpr, PROJECTION: tl.constexpr,
     PLANES: tl.constexpr, SPREAD_PLANES: tl.constexpr,
     ROWS: tl.constexpr, PROXIES: tl.constexpr, DEPTH: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
-    """Carry maximum and sum over `run` tiles of a chunk; if KEEP, maxima of every `span` tiles."""
+    """Carry maximum and sum over `run` tiles of a chunk; if KEEP, store maxima per `span` tiles."""
     DTYPE: tl.constexpr = own.dtype.element_ty
     row0 = tl.program_id(0) * ROWS
     rows = row0 + tl.arange(0, ROWS)
@@ -72,15 +72,15 @@ def nca_forward(
     maximum = tl.load(row_max + at, mask=mask & (first_tile > 0), other=-float("inf"))
     total = tl.load(row_sum + at, mask=mask & (first_tile > 0), other=0.0)
     start = tl.program_id(1) * run
-    if KEEP:  # an earlier chunk may have begun the first `span` tiles
+    if KEEP:  # an earlier chunk may have begun the first span
         first = first_tile + start
-        kept_at = maxima + tl.cast(first // span, tl.int64) * R + rows
-        kept = tl.load(kept_at, mask=mask & (first % span > 0), other=-float("inf"))
+        span_at = maxima + tl.cast(first // span, tl.int64) * R + rows
+        span_max = tl.load(span_at, mask=mask & (first % span > 0), other=-float("inf"))
     for step in range(start, tl.minimum(start + run, last_tile - first_tile)):
         tile = first_tile + step
         z, _, _ = score_tile(
             x, x2, x_plane, linear, spread, proxy_plane, bias,
-            row0, step * PROXIES, tile * PROXIES, P, D, WIDE,
+            row0, step * PROXIES, tile * PROXIES, P, D, PITCH,
             EXACT, PROJECTION, PLANES, SPREAD_PLANES, ROWS, PROXIES, DEPTH, DTYPE,
         )  # fmt: skip
         j = tile * PROXIES + tl.arange(0, PROXIES)
@@ -92,8 +92,8 @@ def nca_forward(
         total += tl.sum(tl.exp2((z - new[:, None]) * rate), 1)
         maximum = new
         if KEEP:
-            kept = tl.where(tile % span == 0, tile_max, tl.maximum(kept, tile_max))
-            tl.store(maxima + tl.cast(tile // span, tl.int64) * R + rows, kept, mask=mask)
+            span_max = tl.where(tile % span == 0, tile_max, tl.maximum(span_max, tile_max))
+            tl.store(maxima + tl.cast(tile // span, tl.int64) * R + rows, span_max, mask=mask)
     tl.store(row_max + at, maximum, mask=mask)
     tl.store(row_sum + at, total, mask=mask)
 
@@ -128,12 +128,12 @@ def nca_combine(
     row_max, row_sum, own, common, temperature, losses, partial, N, B, splits,
     PARTS: tl.constexpr, IMAGES: tl.constexpr,
 ):  # fmt: skip
-    """Samples and splits of each image, in order, into partial [4, B] and the loss."""
+    """Combine the samples and splits of each image, in order, into partial [4, B] and the loss."""
     i = tl.program_id(0) * IMAGES + tl.arange(0, IMAGES)
     mask = i < B
     inverse = 1 / load_temperature(temperature)
     shift = tl.load(common)
-    # split k of sample s of image i stands at k R + s B + i = (k N + s) B + i
+    # split k of sample s of image i is at k R + s B + i = (k N + s) B + i
     maximum, lse = _log_sum(row_max, row_sum, splits * N, i, B, inverse, True, PARTS, IMAGES)
     own_max, own_lse = _log_sum(own, own, N, i, B, inverse, False, PARTS, IMAGES)
     known = own_max != -float("inf")
@@ -148,12 +148,12 @@ def nca_combine(
 @triton.jit
 def ppk_forward(
     x, x2, x_plane, linear, spread, proxy_plane, bias, temperature,
-    similarity, pair_max, pair_lse, first_tile, N, B, P, D, WIDE,
+    similarity, pair_max, pair_lse, first_tile, N, B, P, D, PITCH,
     EXACT: tl.constexpr, PROJECTION: tl.constexpr,
     PLANES: tl.constexpr, SPREAD_PLANES: tl.constexpr,
     ROWS: tl.constexpr, PROXIES: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """s of images x proxies, over the samples in order, with its maximum and log-sum."""
+    """s of images x proxies, over the samples in order, with its maximum and log sum."""
     DTYPE: tl.constexpr = similarity.dtype.element_ty
     image0, local0 = tl.program_id(0) * ROWS, tl.program_id(1) * PROXIES
     proxy0 = first_tile * PROXIES + local0
@@ -164,7 +164,7 @@ def ppk_forward(
     for sample in range(0, N):
         z, _, _ = score_tile(
             x, x2, x_plane, linear, spread, proxy_plane, bias,
-            sample * B + image0, local0, proxy0, P, D, WIDE,
+            sample * B + image0, local0, proxy0, P, D, PITCH,
             EXACT, PROJECTION, PLANES, SPREAD_PLANES, ROWS, PROXIES, DEPTH, DTYPE,
         )  # fmt: skip
         new = tl.maximum(maximum, z)
@@ -179,7 +179,7 @@ def ppk_forward(
     lse = tl.log(total)
     tl.store(pair_max + at, maximum, mask=mask)
     tl.store(pair_lse + at, lse, mask=mask)
-    # maximum / T is too large for a rounding before the lse is added
+    # maximum / T in two parts: it is so large that its rounding would swamp the lse
     inverse = (1 / t).to(DTYPE)
     inverse_low = (1 / t - inverse.to(tl.float64)).to(DTYPE)
     count = tl.log(tl.full((), 1.0, tl.float64) * N).to(DTYPE)

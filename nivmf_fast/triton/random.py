@@ -1,9 +1,9 @@
 """The random stream: Philox 4x32-10 words of a counter (block, sample, image, part), and normals.
 
-Device functions only, called by both sampler files; the words are those of `reference/random.py`.
+Device functions, called by both sampler files. The words are those of `reference/random.py`.
 """
 
-# The types of what a kernel takes are known to the Triton compiler alone.
+# Kernels are written in the language of Triton, whose types mypy does not know.
 # mypy: disable-error-code="no-untyped-def"
 
 import math
@@ -14,7 +14,7 @@ import triton.language as tl
 
 @triton.jit
 def philox(block, sample, image, part, key0, key1):
-    """Words of a counter; block and part may be narrower than sample and image, or ints."""
+    """The words of a counter; block and part may be narrower than sample and image, or ints."""
     zero = sample ^ sample
     return tl.philox_impl(zero + block, sample, image, zero + part, key0, key1)
 
@@ -35,7 +35,7 @@ _SIN = tl.constexpr(
 
 @triton.jit
 def cos_sin(turns):
-    """Of 2 pi turns. tl.sin reduces any argument, by a slow path through local memory."""
+    """cos and sin of 2 pi turns, without tl.sin's slow path through local memory."""
     TERMS: tl.constexpr = 5 if turns.dtype == tl.float32 else 9
     nearest = tl.floor(4 * turns + 0.5)
     f = 4 * turns - nearest

@@ -6,7 +6,7 @@ The order of every sum follows from D and the type alone: bitwise the same for a
 Design: docs/design/sampler.md.
 """
 
-# The types of what a kernel takes are known to the Triton compiler alone.
+# Kernels are written in the language of Triton, whose types mypy does not know.
 # mypy: disable-error-code="no-untyped-def"
 
 import math
@@ -21,14 +21,14 @@ from nivmf_fast.triton.random import normal_pair, normals, philox, uniform
 
 @triton.jit
 def log1p(t):
-    """The interpreter has no libdevice; the second term is what rounding 1 + t lost."""
+    """log(1 + t): the interpreter has no libdevice. The second term corrects 1 + t's rounding."""
     u = 1 + t
     return tl.log(u) + (t - (u - 1)) / u
 
 
 @triton.jit
 def _log1p_tail(t, FIRST: tl.constexpr):
-    """log(1 + t) less the terms of its series below t^FIRST, FIRST even."""
+    """log(1 + t) minus the terms of its series below t^FIRST, FIRST even."""
     LAST: tl.constexpr = FIRST + (8 if t.dtype == tl.float32 else 18)
     head, tail, power = 0.0, 0.0, -1.0
     for i in tl.static_range(FIRST - 1, 0, -1):
@@ -49,7 +49,7 @@ def envelope(k, m: tl.constexpr):
 
 @triton.jit
 def _propose(g, chi2, word, b, one_minus_b, m: tl.constexpr):
-    """1 - w, sqrt(1 - w^2) and whether it is accepted (Wood, 1994; the ratio is ((1-y) e^y)^m)."""
+    """1 - w, sqrt(1 - w^2), and whether w is accepted: the ratio is ((1-y) e^y)^m (Wood, 1994)."""
     chi, r = tl.sqrt(chi2), tl.sqrt(g * g + chi2)
     q = tl.where(g >= 0, r + g, chi) / tl.where(g >= 0, chi, r - g)  # exp(asinh(g / chi))
     odds = b * q * q
@@ -87,7 +87,7 @@ def _chi_square(pending, attempt, boost, sample, image, key0, key1, m: tl.conste
 
 @triton.jit
 def _draw_radial(g, chi2, k, valid, sample, image, key0, key1, D: tl.constexpr):
-    """1 - w and sqrt(1 - w^2); the first proposal is (g, chi2), later ones are drawn afresh."""
+    """1 - w and sqrt(1 - w^2); the first proposal is (g, chi2), further ones are drawn here."""
     m: tl.constexpr = D - 1
     b, one_minus_b = envelope(k, m)
     first = philox(0, sample, image, 1, key0, key1)
@@ -109,8 +109,8 @@ def _draw_radial(g, chi2, k, valid, sample, image, key0, key1, D: tl.constexpr):
 
 @triton.jit
 def check(length2, k):
-    """Whether a loc of that squared length and k make a distribution; 1 / length and k, tame."""
-    largest = tl.full(k.shape, 1e18, k.dtype)  # a bare literal is compared as a float32
+    """Whether loc's squared length and k are valid; 1 / length and k, harmless if they are not."""
+    largest = tl.full(k.shape, 1e18, k.dtype)  # a bare literal would be a float32
     valid = (length2 > 0) & (length2 < float("inf")) & (k >= 0) & (k <= largest)
     return valid, 1 / tl.sqrt(tl.where(valid, length2, 1)), tl.where(valid, k, 0)
 
@@ -152,7 +152,7 @@ def _rsample_kernel(
         v = normals(0, sample, image, key0, key1, dtype, D, BLOCK_D)
         g = tl.sum(v * mu, 1)
         v -= g[:, None] * mu
-        v -= tl.sum(v * mu, 1)[:, None] * mu  # the rounding of the first, seen at small D
+        v -= tl.sum(v * mu, 1)[:, None] * mu  # again: at small D the rounding of the first matters
         chi2 = tl.maximum(tl.sum(v * v, 1), 1e-30)
     else:
         products = tl.zeros((ROWS, BLOCK_D), dtype)
@@ -190,7 +190,7 @@ LARGEST_BLOCK = {4: 4096, 8: 1024}  # elements, by the bytes of one
 
 
 def row_shape(D: int, itemsize: int) -> tuple[int, int]:
-    """Elements of a row in one block, and rows that a warp takes with one a thread at most."""
+    """Elements of a row in one block, and rows per warp, at most one to a thread."""
     block = min(max(4, next_power(D)), LARGEST_BLOCK[itemsize])
     return block, max(1, 32 * math.gcd(D, 16 // itemsize) // block)
 
@@ -202,13 +202,14 @@ def _forward_shape(D: int, itemsize: int) -> dict[str, int]:
 
 
 def aligned(tensor: Tensor) -> Tensor:
-    """The compiler's layout, and with it the order of sums, depends on 16-byte alignment."""
+    """Align to 16 bytes, on which the compiler's layout, and so the order of sums, depends."""
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
 def vmf_rsample(
     loc: Tensor, concentration: Tensor, n: int, seed: Tensor, image_offset: int
 ) -> tuple[Tensor, Tensor]:
+    """The op `vmf_rsample`: samples and 1 - w."""
     B, D = loc.shape
     samples, one_minus_w = loc.new_empty(n, B, D), loc.new_empty(n, B)
     if n * B > 0:

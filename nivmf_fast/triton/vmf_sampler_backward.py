@@ -6,7 +6,7 @@ The order of every sum follows from D, n and the type alone: bitwise the same fo
 Derivations: docs/math.md, "Gradients of the sampler". Design: docs/design/sampler.md.
 """
 
-# The types of what a kernel takes are known to the Triton compiler alone.
+# Kernels are written in the language of Triton, whose types mypy does not know.
 # mypy: disable-error-code="no-untyped-def"
 
 import torch
@@ -46,8 +46,8 @@ def _angle(sin, cos):
 @triton.jit
 def _tail(one_minus_w, k, sign, D: tl.constexpr):
     """Integrals of f(w') / f(w) and of (w' - w) f(w') / f(w) over the angles from w towards a pole
-    (sign -1: w' = 1, +1: -1), as far as a quadratic of log f, seldom too steep, falls by CUTOFF.
-    16 Gauss-Legendre nodes a panel, side by side in a dimension of their own."""
+    (sign -1: w' = 1, +1: -1), as far as a quadratic model of log f, seldom too steep, falls by
+    CUTOFF. The 16 Gauss-Legendre nodes of a panel lie along a dimension of their own."""
     dtype: tl.constexpr = one_minus_w.dtype
     PANELS: tl.constexpr = 1 if dtype == tl.float32 else 4
     CUTOFF: tl.constexpr = 24.0 if dtype == tl.float32 else 72.0
@@ -86,8 +86,8 @@ def _tail(one_minus_w, k, sign, D: tl.constexpr):
 
 @triton.jit
 def _quadrature(one_minus_w, k, D: tl.constexpr):
-    """phi from the nearer tail of F: -(dF/dk) / f / (1 - w^2). There dF/dk is the tail of
-    (w' - A) f; A, the mean of w', is integrated likewise, from the mode both ways."""
+    """phi = -(dF/dk) / f / (1 - w^2) from the nearer tail of F, where dF/dk is the integral of
+    (w' - A) f. A, the mean of w', is integrated too, from the mode in both directions."""
     b = envelope(k, D - 2)[0]
     mode = 2 * b / (1 + b)  # 1 - w there
     both = 2 * tl.arange(0, 2)[None, :] - 1
@@ -136,7 +136,7 @@ def _series(one_minus_w, k, D: tl.constexpr):
 def _into_concentration(one_minus_w, k, along, apart, radial, D: tl.constexpr):
     """dw/dk (G.mu - w/s G.u), s u = x - w mu, from G.mu, G.(mu - x) and mu.(mu - x).
 
-    The last is 1 - w but for the rounding of x, which then drops out of the radial part of G.
+    The last is 1 - w up to the rounding of x, which thus drops out of the radial part of G.
     """
     EXPAND: tl.constexpr = D >= 16 if k.dtype == tl.float32 else D >= 512
     phi = _series(one_minus_w, k, D) if EXPAND else _quadrature(one_minus_w, k, D)
@@ -272,6 +272,7 @@ def _backward_shape(n: int, D: int, itemsize: int) -> dict[str, int]:
 def vmf_rsample_backward(
     grad: Tensor, samples: Tensor, one_minus_w: Tensor, loc: Tensor, concentration: Tensor
 ) -> tuple[Tensor, Tensor]:
+    """The op `vmf_rsample_backward`: gradients in loc and concentration."""
     n, B, D = samples.shape
     grad_loc, grad_concentration = torch.empty_like(loc), torch.empty_like(concentration)
     if B > 0:

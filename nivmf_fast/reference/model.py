@@ -1,6 +1,6 @@
 """Log-PPK of non-isotropic vMF proxies, the proxy-NCA loss on it, and the closed forms for vMFs.
 
-Everything is differentiated by autograd; `operators` has the same with explicit gradients.
+Autograd differentiates everything here; `operators` has the same with explicit gradients.
 """
 
 import math
@@ -13,19 +13,22 @@ from nivmf_fast import special
 
 
 class Proxies(NamedTuple):
-    """Coefficients of `score`, one row per proxy. Deviations from a common scale are prepared in
-    float64 and rounded once, because the logits are thousands of times as large."""
+    """Coefficients of `score`, one row per proxy.
+
+    Deviations from a common scale are prepared in float64 and rounded once, because the logits
+    are thousands of times as large.
+    """
 
     linear: Tensor  # [P, D], (K mu) K / kbar if projected, else K mu
     spread: Tensor  # [P, D], (kappa / kbar)^2 - 1 with kbar the geometric mean over dimensions
-    bias: Tensor  # [P], the part of the score that no sample enters, less `common`
-    common: Tensor  # [], the part of the bias that all proxies share, without gradient
+    bias: Tensor  # [P], the part of the score that depends on no sample, less `common`
+    common: Tensor  # [], the mean of the biases, without gradient
 
 
 def prepare_proxies(
     loc: Tensor, concentration: Tensor, normalizer: str = "exact", projection: bool = True
 ) -> Proxies:
-    """Prepare proxies for `score` from loc [P, D], unit, and concentration [P, D], positive."""
+    """Prepare the coefficients of `score` from loc [P, D], unit, and concentration [P, D], > 0."""
     mu, kappa, D = loc.double(), concentration.double(), loc.shape[-1]
     log_kbar = kappa.log().mean(-1, keepdim=True)
     kbar = log_kbar.exp()
@@ -62,14 +65,14 @@ def log_sum(
 ) -> tuple[Tensor, Tensor]:
     """Maximum of z and log sum exp((z - maximum) / T) over `dim`.
 
-    The maximum stays in raw units: that of z / T is too large for its own rounding.
+    The maximum stays in raw units: z / T is so large that its rounding error would matter.
     """
     maximum = z.detach().amax(dim, keepdim=True)
     return maximum.squeeze(dim), torch.logsumexp((z - maximum) / temperature, dim)
 
 
 def own_proxy(labels: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-    """Whether each image's own proxy is among those of z [N, B, P], and its index [N, B, 1]."""
+    """Whether each image's own proxy is among the P of z [N, B, P], and its index, [N, B, 1]."""
     known = (labels >= 0) & (labels < z.shape[-1])
     return known, torch.where(known, labels, 0).expand(len(z), -1)[..., None]
 
@@ -89,8 +92,8 @@ def log_ppk(
     proxies = prepare_proxies(loc, concentration, normalizer, projection)
     z = score(samples, proxies, normalizer, projection)
     inner = torch.ones_like(temperature) if temperature_outside else temperature
-    maximum = z.detach().amax(0)
-    s = maximum / inner + torch.logsumexp((z - maximum) / inner, 0) - math.log(N)
+    maximum, lse = log_sum(z, inner)
+    s = maximum / inner + lse - math.log(N)
     if temperature_outside:
         s = s / temperature
     if constants:
@@ -125,8 +128,10 @@ def proxy_nca(
 def vmf_log_ppk(
     one_minus_cosine: Tensor, concentration1: Tensor, concentration2: Tensor, rho: float, dim: int
 ) -> Tensor:
-    """log of the integral of v_1^rho v_2^rho for two vMFs (arguments broadcast), in float64:
-    rho (log C(k1) + log C(k2)) - log C(rho |k1 mu1 + k2 mu2|)."""
+    """log int v_1^rho v_2^rho of two vMFs, in float64; arguments broadcast.
+
+    rho (log C(k1) + log C(k2)) - log C(rho |k1 mu1 + k2 mu2|)
+    """
     k1, k2 = concentration1.double(), concentration2.double()
     length2 = (k1 + k2).square() - 2 * k1 * k2 * one_minus_cosine.double()
     length = length2.clamp(min=1e-30).sqrt()
