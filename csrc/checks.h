@@ -116,7 +116,8 @@ inline SampleSizes check_rsample_backward(const Tensor& grad, const Tensor& samp
 
 inline void check_options(const LogPpkOptions& options) {
   if (options.precision < 0 || options.precision >= kPrecisions) {
-    fail("precision is ", options.precision, ", expected 0 (float32) or 1 (fast)");
+    fail("precision is ", options.precision, ", expected 0 to ", kPrecisions - 1,
+         ", an index into PRECISIONS of nivmf_fast/_schemas.py");
   }
   if (options.workspace < 0) {
     fail("workspace is ", options.workspace, " bytes, expected at least 0");

@@ -74,5 +74,6 @@ if options.folder:
 grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e3
 peak = torch.cuda.max_memory_allocated() / 1e6 if cuda else grown
 print(f"process {rank} of {size}: {len(loss.classes):,} classes, at most {peak:,.0f} MB")
-if several:
+if several:  # whatever holds the group goes first: its threads must not outlive the interpreter
+    del network, loss, optimiser, state
     dist.destroy_process_group()

@@ -528,7 +528,10 @@ def test_kernel_ops_check_what_they_are_given():
     with pytest.raises(RuntimeError, match=r"labels is Int \[6\], expected Long \[6\]"):
         op(x, loc, kappa, labels.int(), T, *options)
     for changed, message in (
-        ((True, True, 2, 1 << 20, True), r"precision is 2, expected 0 \(float32\) or 1 \(fast\)"),
+        (
+            (True, True, 2, 1 << 20, True),
+            "precision is 2, expected 0 to 1, an index into PRECISIONS",
+        ),
         ((True, True, -1, 1 << 20, True), "precision is -1"),
         ((True, True, 0, -1, True), "workspace is -1 bytes, expected at least 0"),
     ):
