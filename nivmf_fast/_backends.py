@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import json
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,7 +47,7 @@ def build_info() -> dict[str, Any]:
     return dict(json.loads(path.read_text())) if path.is_file() else {}
 
 
-class Backend:
+class Backend(ABC):
     """A way to compute the ops of `_schemas.py`; the subclasses are the kinds."""
 
     def __init__(self, name: str, *devices: str) -> None:
@@ -56,17 +57,17 @@ class Backend:
         """Whether the backend was built, and whether it can run on this machine."""
         return BackendState(True, True)
 
+    @abstractmethod
     def has(self, op: str) -> bool:
         """Whether the backend, if usable, implements an op."""
-        raise NotImplementedError
 
+    @abstractmethod
     def function(self, op: str) -> Callable[..., Any]:
         """The op's implementation, which takes the op's arguments except `backend`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def saved_like(self, op: str, samples: Tensor, loc: Tensor, options: Options) -> Tensor:
         """A tensor shaped as the one that log-PPK or proxy-NCA saves; its contents are private."""
-        raise NotImplementedError
 
     def runs_on(self, device: str) -> bool:
         """Whether the backend computes on tensors of a type of device."""
