@@ -33,7 +33,8 @@ MODULES = [
 @pytest.mark.parametrize("name", MODULES)
 def test_every_example_in_the_documentation_runs(name: str) -> None:
     torch.manual_seed(0)
-    result = doctest.testmod(importlib.import_module(name), extraglobs={"torch": torch})
+    names = {"torch": torch} | {name: getattr(nivmf_fast, name) for name in nivmf_fast.__all__}
+    result = doctest.testmod(importlib.import_module(name), extraglobs=names)
     assert result.failed == 0
 
 
