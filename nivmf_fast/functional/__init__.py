@@ -7,6 +7,7 @@ or float64 tensors of any strides; half-precision inputs are converted to, and g
 from nivmf_fast import autograd  # noqa: F401  (defines the ops and their gradients)
 from nivmf_fast.functional.proxies import log_ppk, proxy_nca, proxy_nca_shard
 from nivmf_fast.functional.vmf import (
+    log_normalizer_derivative,
     vmf_kl,
     vmf_log_normalizer,
     vmf_log_normalizer_difference,
@@ -16,6 +17,7 @@ from nivmf_fast.functional.vmf import (
 )
 
 __all__ = [
+    "log_normalizer_derivative",
     "log_ppk",
     "proxy_nca",
     "proxy_nca_shard",

@@ -60,6 +60,19 @@ def vmf_mean_resultant_length(concentration: Tensor, dim: int, *, backend: str =
     return -_derivative(concentration, dim, 1, backend)
 
 
+def log_normalizer_derivative(
+    concentration: Tensor, dim: int, order: int, *, shifted: bool = False, backend: str = "auto"
+) -> Tensor:
+    """The order-th derivative of g(k) = log C_D(k) - log C_D(0), or of h(k) = g(k) + k if shifted.
+
+    So orders 0, 1, 2, 3 give g, -A, -A', -A'', and shifted ones h, 1 - A, -A', -A''.
+    """
+    derivative = _derivative(concentration, dim, order, backend)
+    if shifted and order < 2:
+        return derivative + (concentration if order == 0 else 1)
+    return derivative
+
+
 def _derivative(concentration: Tensor, dim: int, order: int, backend: str) -> Tensor:
     _checks.check_floating("concentration", concentration)
     special.check_dim(dim)
